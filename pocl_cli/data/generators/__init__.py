@@ -1,0 +1,1 @@
+"""Data sets made by code from a seed: `dataset.generator` names one."""

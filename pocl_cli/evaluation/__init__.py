@@ -1,0 +1,1 @@
+"""How generated answers are measured."""

@@ -1,0 +1,80 @@
+"""The values that travel between the steps. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One instruction row. `id` is a hash of its content; the k-th identical copy (k ≥ 2) ends in `-k`.
+
+    A row with several references trains on the first and is scored against the best.
+    """
+
+    id: str
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    category: str | None = None
+
+    @property
+    def response(self) -> str:
+        """The response that the row trains on."""
+        return self.references[0]
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedRow:
+    """A row that is not used, with the reason; `location` is where a person finds it ("rows.jsonl:17")."""
+
+    location: str
+    reason: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedRow:
+    """Token ids of a record. `response_ids` ends with EOS unless `response_cut`; `prompt_cut`: the prompt was shortened."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    prompt_cut: bool = False
+    response_cut: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRecord:
+    """What one model makes of one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated."""
+
+    id: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    cross_entropy: float
+    generation: str | None = None
+    rouge_l: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """One slice of the partition, easiest first inside it."""
+
+    index: int
+    record_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is trained on from one restart of the optimizer to the next. `lr` is the stage's first learning rate."""
+
+    index: int
+    record_ids: tuple[str, ...]
+    epochs: int
+    temperature: float
+    kd_ratio: float

@@ -1,0 +1,94 @@
+"""Open families: one module with a decorated class plus one YAML file adds one member.
+
+A family finds its members by importing every module of its package, then the entry points of the group
+`pocl.plugins`. Members are frozen dataclasses whose fields are the keys of their YAML file (beside `name`), with
+ranges as `Annotated[float, Field(ge=0)]`; configuration validates against them, so they must import without torch
+(annotate with `if TYPE_CHECKING: from torch import Tensor` and use tensor methods).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+from pocl_cli.errors import ConfigError, nearest
+
+T = TypeVar("T", bound=type)
+
+
+class Registry:
+    """The members of one open family, by name."""
+
+    def __init__(self, family: str, package: str) -> None:
+        self.family, self.package = family, package
+        self._members: dict[str, type] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator: adds a frozen dataclass to the family under `name`."""
+
+        def add(member: T) -> T:
+            assert dataclasses.is_dataclass(member), f"{member.__name__} must be a dataclass"
+            known = self._members.get(name)
+            assert known is None or known.__qualname__ == member.__qualname__, f"{self.family} {name!r} is registered twice"
+            member.name = name  # type: ignore[attr-defined]
+            member.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+            self._members[name] = member
+            return member
+
+        return add
+
+    def names(self) -> list[str]:
+        """The names of all members, sorted."""
+        self._discover()
+        return sorted(self._members)
+
+    def get(self, name: str) -> type:
+        """The class registered under `name`. Raises ConfigError with the nearest name."""
+        self._discover()
+        if name not in self._members:
+            guess = nearest(name, self._members)
+            raise ConfigError(
+                f"unknown {self.family} {name!r}",
+                why=f"known are {', '.join(self.names())}",
+                fix=f"did you mean {guess!r}?" if guess else f"choose one of them with {self.family}=NAME",
+            )
+        return self._members[name]
+
+    def build(self, values: dict[str, Any]) -> Any:
+        """The member that `values` (a mapping with `name` and the member's own fields) describes.
+
+        Raises:
+            ConfigError: the name is unknown.
+            pydantic.ValidationError: a field is missing, unknown, of another type, or out of range.
+        """
+        own = dict(values)
+        return TypeAdapter(self.get(own.pop("name"))).validate_python(own)
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for entry in importlib.metadata.entry_points(group="pocl.plugins"):
+            entry.load()
+
+
+def describe(member: Any) -> dict[str, Any]:
+    """The member's name and fields as plain values: what enters an artifact's identity."""
+    return {"name": member.name, **dataclasses.asdict(member)}
+
+
+kd_methods = Registry("kd_method", "pocl_cli.losses")
+schedulers = Registry("curriculum", "pocl_cli.curriculum")
+difficulty_measurers = Registry("difficulty", "pocl_cli.difficulty")
+generators = Registry("dataset.generator", "pocl_cli.data.generators")
+trackers = Registry("tracker", "pocl_cli.trackers")

@@ -1,0 +1,208 @@
+"""The configuration that every step receives: one frozen model per section, checked before torch is imported."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# The members of the open families: configuration builds them through their registry before this schema is checked.
+KDMethod = Scheduler = DifficultyMeasurer = Tracker = Any
+
+
+class ModelConfig(Section):
+    """Where a model comes from: `path` (hub id, folder, student artifact) or `experiment` (the student that recipe makes)."""
+
+    name: str
+    path: str | None
+    experiment: str | None
+    overrides: tuple[str, ...]
+    revision: str | None
+    dtype: Dtype
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.path is not None and self.experiment is not None:
+            raise ValueError("path and experiment are both set; a model has one source: set the other to null")
+        if self.overrides and self.experiment is None:
+            raise ValueError("overrides apply to the recipe that experiment names, and experiment is null")
+        return self
+
+
+class TeacherConfig(ModelConfig):
+    @property
+    def present(self) -> bool:
+        """False for `teacher=none`."""
+        return self.path is not None or self.experiment is not None
+
+
+class StudentConfig(ModelConfig):
+    """The model that is trained. `architecture` (with `tokenizer` and `init_seed`) makes one from nothing."""
+
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None
+    architecture: dict[str, str | int | float | bool | None] | None
+    tokenizer: str | None
+    init_seed: int
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    gradient_checkpointing: bool
+
+    @model_validator(mode="after")
+    def _has_source(self) -> StudentConfig:
+        sources = [self.path, self.experiment, self.architecture]
+        if sum(source is not None for source in sources) > 1 and self.architecture is not None:
+            raise ValueError("architecture makes a new model; set path and experiment to null, or architecture to null")
+        if all(source is None for source in sources):
+            raise ValueError("a student needs one of path, experiment or architecture")
+        if self.architecture is not None:
+            if self.tokenizer is None:
+                raise ValueError("an architecture made from nothing needs student.tokenizer ('toy', a hub id or a folder)")
+            if "model_type" not in self.architecture:
+                raise ValueError("architecture needs model_type (llama, gpt2, qwen2, …)")
+        elif self.tokenizer is not None:
+            raise ValueError("tokenizer goes with architecture only; a model from path brings its own")
+        return self
+
+
+class FieldsConfig(Section):
+    """Names of the columns in the source; null means: recognise the usual other names."""
+
+    instruction: str | None
+    input: str | None
+    output: str | None
+    category: str | None
+
+
+class DatasetConfig(Section):
+    name: Annotated[str, Field(min_length=1)]
+    path: str | None
+    split: str | None
+    data_files: str | None
+    revision: str | None
+    generator: str | None
+    num_rows: Annotated[int, Field(ge=1)] | None
+    fields: FieldsConfig
+    limit: Annotated[int, Field(ge=1)] | None
+    dev_size: Annotated[int, Field(ge=0)]
+    seed: int
+    max_tokens: Annotated[int, Field(ge=2)]
+    max_prompt_tokens: Annotated[int, Field(ge=1)]
+    long_prompts: Literal["cut", "drop"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetConfig:
+        if (self.path is None) == (self.generator is None):
+            raise ValueError("a data set needs dataset.path=<file, folder or hub id> (or a generator), and not both")
+        if self.generator is not None and self.num_rows is None:
+            raise ValueError("a generated data set needs num_rows")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_prompt_tokens ({self.max_prompt_tokens}) must be smaller than max_tokens ({self.max_tokens})"
+            )
+        return self
+
+
+class DecodingConfig(Section):
+    """How answers are generated. `sampling_temperature` 0 is greedy; `top_k` 0 and `no_repeat_ngram_size` 0 are off."""
+
+    sampling_temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Annotated[int, Field(ge=0)]
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)]
+    max_new_tokens: Annotated[int, Field(ge=1)]
+
+
+class ScoreConfig(Section):
+    teacher: bool
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    sampling_temperature: Annotated[float, Field(ge=0)]
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)]
+    seed: int
+
+
+class TrainConfig(Section):
+    seed: int
+    lr: Annotated[float, Field(gt=0)]
+    lr_end: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    grad_clip: Annotated[float, Field(gt=0)]
+    global_batch_size: Annotated[int, Field(ge=1)]
+    max_steps: Annotated[int, Field(ge=1)] | None
+    drop_last: bool
+    log_every: Annotated[int, Field(ge=1)]
+    checkpoint_every: Annotated[int, Field(ge=1)]
+    evaluate_every: Annotated[int, Field(ge=0)]
+    checkpoint_policy: Literal["last", "best"]
+    dev_decoding: DecodingConfig
+
+    @model_validator(mode="after")
+    def _lr_falls(self) -> TrainConfig:
+        if self.lr_end > self.lr:
+            raise ValueError(f"lr_end ({self.lr_end}) must not be above lr ({self.lr})")
+        return self
+
+
+class HardwareConfig(Section):
+    name: str
+    device: Device
+    precision: Literal["float32", "bfloat16"]
+    num_threads: Annotated[int, Field(ge=1)] | None
+    max_tokens_per_micro_batch: Annotated[int, Field(ge=1)] | None
+    objective_memory_mb: Annotated[int, Field(ge=1)]
+
+
+class EvaluationConfig(Section):
+    """`datasets` holds shipped names, paths, or mappings with the keys of `dataset`; resolved into DatasetConfig."""
+
+    name: str
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    decoding: DecodingConfig
+    model: str | None
+    predictions: str | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds hold the same seed twice: {list(self.seeds)}")
+        names = [dataset.name for dataset in self.datasets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two data sets share a name: {names}; give a mapping with another name")
+        if self.predictions is not None and len(self.datasets) != 1:
+            raise ValueError(f"predictions belong to exactly one data set, and datasets holds {len(self.datasets)}")
+        return self
+
+
+class PathsConfig(Section):
+    outputs: str
+
+
+class PlanConfig(Section):
+    enabled: bool
+    num_rows: Annotated[int, Field(ge=1)] | None
+
+
+class PoclConfig(Section):
+    """One chain: the same overrides given to the four commands address the same artifacts."""
+
+    teacher: TeacherConfig
+    student: StudentConfig
+    dataset: DatasetConfig
+    kd_method: KDMethod
+    curriculum: Scheduler
+    difficulty: DifficultyMeasurer
+    score: ScoreConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    hardware: HardwareConfig
+    tracker: Tracker
+    paths: PathsConfig
+    plan: PlanConfig
+    upstream: Literal["require", "auto"]

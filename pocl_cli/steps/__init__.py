@@ -1,0 +1,1 @@
+"""The four commands, one module each, readable from top to bottom."""

@@ -1,0 +1,144 @@
+"""Which artifacts a set of overrides addresses: the four commands compute the same keys and so find each other's work.
+
+A key's identity holds all that decides the artifact's content and nothing else (DESIGN §3): not the device, threads,
+paths, tracker or logging. Raise a kind's version when its output would change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pocl_cli import config as configuration
+from pocl_cli.artifacts.hashing import HashCache
+from pocl_cli.artifacts.manifest import ArtifactKey
+from pocl_cli.artifacts.store import Store
+from pocl_cli.config import Run
+from pocl_cli.data.sources import dataset_identity
+from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
+from pocl_cli.registry import describe
+from pocl_cli.schema import DatasetConfig, PoclConfig
+from pocl_cli.steps.result import obtain
+
+VERSIONS = {"scores": 1, "partitions": 1, "students": 1, "evaluations": 1}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The artifacts of one run's configuration."""
+
+    run: Run
+
+    @property
+    def config(self) -> PoclConfig:
+        return self.run.config
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(Path(self.config.paths.outputs))
+
+    @cached_property
+    def hashes(self) -> HashCache:
+        return HashCache(self.store.outputs, writes=not self.config.plan.enabled)
+
+    # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def student(self) -> ModelSource:
+        """The student before distillation."""
+        section = self.config.student
+        if section.experiment is not None:
+            path = self._made_by(section.experiment, section.overrides)
+            section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
+        return resolve_student(section, self.store, hashes=self.hashes)
+
+    @cached_property
+    def teacher(self) -> ModelSource | None:
+        """The teacher; None for `teacher=none`."""
+        section = self.config.teacher
+        if not section.present:
+            return None
+        if section.experiment is not None:
+            path = self._made_by(section.experiment, section.overrides)
+            section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
+        return resolve_teacher(section, self.store, hashes=self.hashes)
+
+    def _made_by(self, experiment: str, overrides: tuple[str, ...]) -> str:
+        """The student artifact of a recipe, which is composed from that recipe alone."""
+        recipe = configuration.recipe(self.run, experiment, overrides)
+        return str(obtain(recipe, "distill", Chain(recipe).student_key, self.store).path)
+
+    # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        return self._dataset(self.config.dataset)
+
+    def score_key(self, who: str) -> ArtifactKey:
+        """The scores of one measured model, `student` or `teacher`: the teacher is not asked to generate."""
+        source = self.student if who == "student" else self.teacher
+        assert source is not None, "a chain without a teacher has no teacher's scores"
+        identity = {
+            "model": source.identity,
+            "tokenizer": self.student.tokenizer_identity,
+            "dataset": self.dataset,
+            "precision": self.config.hardware.precision,
+        }
+        if who == "student":
+            identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
+        return self._key("scores", f"{source.label}-on-{self.config.dataset.name}", identity)
+
+    @cached_property
+    def partition_key(self) -> ArtifactKey:
+        difficulty = self.config.difficulty
+        identity: dict[str, Any] = {"difficulty": describe(difficulty), "num_subsets": self.config.curriculum.stages}
+        if difficulty.needs:
+            identity["scores"] = self.score_key("student").id
+        else:
+            identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
+        slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"
+        return self._key("partitions", slug, identity)
+
+    @cached_property
+    def student_key(self) -> ArtifactKey:
+        config = self.config
+        train = config.train.model_dump(mode="json", exclude={"log_every", "checkpoint_every"})
+        identity: dict[str, Any] = {
+            "student": self.student.identity,
+            "dropout": config.student.dropout,
+            "dataset": self.dataset,
+            "kd_method": describe(config.kd_method),
+            "curriculum": describe(config.curriculum),
+            "train": train,
+            "precision": config.hardware.precision,
+        }
+        if config.kd_method.needs_teacher:
+            assert self.teacher is not None, "configuration refuses a method that needs a teacher and has none"
+            identity["teacher"] = self.teacher.identity
+        if config.curriculum.needs_partition:
+            identity["partition"] = self.partition_key.id
+        slug = f"{self.student.label}-{config.kd_method.name}-{config.curriculum.name}-seed{config.train.seed}"
+        return self._key("students", slug, identity)
+
+    def evaluation_key(self, model: dict[str, Any], label: str) -> ArtifactKey:
+        """The evaluation of `model` (an identity) on the configured sets."""
+        evaluation = self.config.evaluation
+        identity: dict[str, Any] = {
+            "model": model,
+            "datasets": {one.name: self._dataset(one) for one in evaluation.datasets},
+        }
+        if evaluation.predictions is None:
+            identity |= {
+                "seeds": list(evaluation.seeds),
+                "decoding": evaluation.decoding.model_dump(mode="json"),
+                "precision": self.config.hardware.precision,
+            }
+        return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)
+
+    def _dataset(self, config: DatasetConfig) -> dict[str, Any]:
+        return dataset_identity(config, self.hashes.sha256_file)
+
+    def _key(self, kind: str, slug: str, identity: dict[str, Any]) -> ArtifactKey:
+        return ArtifactKey(kind, slug, identity, VERSIONS[kind])

@@ -1,0 +1,281 @@
+"""The training loop: stages, epochs, steps, from top to bottom.
+
+Everything that decides a number is a pure function of the configuration and the step, so the state of a run is the
+model, the optimizer's moments and a few counts (`state.py`): an interrupted run that resumes gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from pocl_cli.artifacts import durable
+from pocl_cli.curriculum.stage_table import StageRow
+from pocl_cli.errors import ArtifactError, Interrupted, NonFiniteError
+from pocl_cli.log import get_logger
+from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.seeds import derive_seed
+from pocl_cli.training import checkpoint
+from pocl_cli.training.journal import Journal
+from pocl_cli.training.objective import collate
+from pocl_cli.training.optimizer import cosine, make_optimizer
+from pocl_cli.training.sampler import Sampler, micro_batches
+from pocl_cli.training.state import Best, TrainingState
+
+if TYPE_CHECKING:
+    from pocl_cli.training.student import StudentWithObjective
+
+
+class Rows(Protocol):
+    """Tokenised training rows by record id."""
+
+    def row(self, record_id: str) -> TokenisedRow: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The numbers of `train.*` and `hardware.*` that the loop reads."""
+
+    seed: int
+    lr: float
+    lr_end: float
+    weight_decay: float
+    grad_clip: float
+    global_batch_size: int
+    drop_last: bool
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+    keep_best: bool
+    max_tokens_per_micro_batch: int
+
+
+@dataclass
+class TrainingJob:
+    """Everything that one run needs. `evaluate_dev` gives the dev figures of the student as it stands (`dev_*`)."""
+
+    student: StudentWithObjective
+    stages: Sequence[Stage]
+    table: Sequence[StageRow]
+    rows: Rows
+    settings: LoopSettings
+    folder: Path
+    pad_token_id: int
+    evaluate_dev: Callable[[], dict[str, float]] | None
+    track: Callable[[Mapping[str, Any], int], None]
+    show: Callable[[int], None] = field(default=lambda num_steps: None)
+
+
+def train(job: TrainingJob) -> TrainingState:
+    """Trains through all stages of `job.table`, from the newest checkpoint where there is one.
+
+    The student ends as the model that is to be kept. Returns the final state.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; the step is not made.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
+        ArtifactError: every checkpoint is damaged.
+    """
+    settings, student = job.settings, job.student
+    checkpoints = job.folder / "checkpoints"
+
+    # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
+    found = checkpoint.load_newest(checkpoints, student.backbone)
+    state, resumed_from = found if found else (TrainingState(), None)
+    journal = Journal(job.folder, state, track=job.track)
+    if resumed_from:
+        get_logger().info("resuming after step %d (stage %d)", state.step, state.stage)
+        job.show(state.step)
+    elif job.evaluate_dev is not None:
+        journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
+
+    with _signals_wait() as pending:
+        for row, stage in zip(job.table[state.stage :], job.stages[state.stage :], strict=True):
+            if row["steps"] == 0:
+                continue
+
+            # ── a stage: fresh optimizer and learning-rate schedule, weights carried over ─────────────────────────
+            sampler = Sampler(
+                stage,
+                seed=settings.seed,
+                global_batch_size=settings.global_batch_size,
+                drop_last=settings.drop_last,
+            )
+            optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
+            if resumed_from and state.stage_step:
+                checkpoint.load_optimizer(resumed_from, optimizer, student.backbone)
+            if not state.stage_step:
+                get_logger().info(
+                    "stage %d: %d rows, %d steps, temperature %.4g, kd_ratio %.4g",
+                    stage.index, row["num_rows"], row["steps"], stage.temperature, stage.kd_ratio,
+                )  # fmt: skip
+
+            for stage_step in range(state.stage_step, row["steps"]):
+                # ── one optimizer step ────────────────────────────────────────────────────────────────────────────
+                started = time.perf_counter()
+                torch.manual_seed(derive_seed(settings.seed, "dropout", state.step))
+                lr = cosine(stage_step, row["steps"], start=settings.lr, end=settings.lr_end)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+                record_ids = sampler.global_batch(stage_step)
+                rows = [job.rows.row(record_id) for record_id in record_ids]
+                num_tokens = sum(len(one.response_ids) for one in rows)
+                student.train()
+                optimizer.zero_grad(set_to_none=True)
+                loss, ce, kd = _accumulate(job, rows, stage, num_tokens)
+                grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
+                _refuse_non_finite(float(loss), float(grad_norm), stage, state.step + 1, record_ids)
+                optimizer.step()
+
+                state = replace(
+                    state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
+                )
+
+                # ── log ───────────────────────────────────────────────────────────────────────────────────────────
+                epoch, last = sampler.epoch(stage_step), stage_step + 1 == row["steps"]
+                journal.consumed(record_ids, stage=stage.index, epoch=epoch, step=state.step)
+                if state.step == 1 or last or state.step % settings.log_every == 0:
+                    journal.train_line(
+                        {
+                            "step": state.step,
+                            "stage": stage.index,
+                            "epoch": epoch,
+                            "loss": float(loss),
+                            "ce": float(ce),
+                            "kd": float(kd),
+                            "grad_norm": float(grad_norm),
+                            "lr": lr,
+                            "temperature": stage.temperature,
+                            "kd_ratio": stage.kd_ratio,
+                            "num_tokens": state.num_tokens,
+                        },
+                        num_tokens=num_tokens,
+                        seconds=time.perf_counter() - started,
+                    )
+                job.show(1)
+
+                # ── dev evaluation at the end of an epoch and of the stage ────────────────────────────────────────
+                epoch_ends = (stage_step + 1) % sampler.steps_per_epoch == 0 or last
+                due = settings.evaluate_every and ((epoch + 1) % settings.evaluate_every == 0 or last)
+                if job.evaluate_dev is not None and epoch_ends and due:
+                    figures = job.evaluate_dev()
+                    journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch + 1)
+                    state = _keep_best(job, state, figures)
+
+                # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
+                if not last and (pending or state.step % settings.checkpoint_every == 0):
+                    state = replace(state, metrics_bytes=journal.flush(state.step))
+                    checkpoint.save(checkpoints, state, student.backbone, optimizer)
+                if pending and not last:
+                    raise pending[0]
+
+            # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
+            if settings.keep_best and state.best is not None:
+                _restore_best(job, state.best)
+            state = replace(state, stage=stage.index + 1, stage_step=0, best=None, metrics_bytes=journal.flush(state.step))
+            checkpoint.save(checkpoints, state, student.backbone, None)
+            _prune_best(job, keep=None)
+            resumed_from = None
+            if pending:
+                raise pending[0]
+    journal.close()
+    return state
+
+
+def _accumulate(
+    job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward and backward over the micro-batches of one global batch; loss, CE and KD per response token of all of it."""
+    totals = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
+    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch):
+        output = job.student(
+            collate(group, job.pad_token_id),
+            temperature=stage.temperature,
+            kd_ratio=stage.kd_ratio,
+            normaliser=max(num_tokens, 1),
+        )
+        output.loss.backward()
+        parts = (output.loss.detach(), output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1))
+        totals = [total + part.to("cpu", torch.float64) for total, part in zip(totals, parts, strict=True)]
+    return totals[0], totals[1], totals[2]
+
+
+def _refuse_non_finite(loss: float, grad_norm: float, stage: Stage, step: int, record_ids: Sequence[str]) -> None:
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not torch.isfinite(torch.tensor(value)):
+            raise NonFiniteError(
+                f"the {name} is {value}",
+                where=f"stage {stage.index}, step {step}",
+                why=f"the records of the batch are {', '.join(record_ids)}; the step was not made",
+                fix="lower train.lr, use hardware.precision=float32, or remove the rows; checkpoints before it are kept",
+            )
+
+
+def _keep_best(job: TrainingJob, state: TrainingState, figures: Mapping[str, float]) -> TrainingState:
+    """Saves the student where it beats the stage's best so far."""
+    now = Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"])
+    if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(now)):
+        return state
+    tensors = checkpoint.model_tensors(job.student.backbone)
+    durable.write_safetensors(_best_file(job, now.step), tensors)
+    _prune_best(job, keep=(now.step, state.best.step if state.best else None))
+    return replace(state, best=now)
+
+
+def _restore_best(job: TrainingJob, best: Best) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        checkpoint.load_model_tensors(job.student.backbone, load_file(_best_file(job, best.step)))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ArtifactError(
+            "the stage's best state is damaged",
+            where=str(_best_file(job, best.step)),
+            why=str(error),
+            fix=f"delete the unfinished run and start it afresh: rm -r '{job.folder}'",
+        ) from error
+
+
+def _best_file(job: TrainingJob, step: int) -> Path:
+    return job.folder / "checkpoints" / f"best-{step:08d}.safetensors"
+
+
+def _prune_best(job: TrainingJob, keep: tuple[int | None, ...] | None) -> None:
+    """Removes the best states but those of the steps to keep: an older checkpoint may still name the one before."""
+    kept = {_best_file(job, step) for step in keep or () if step is not None}
+    for path in (job.folder / "checkpoints").glob("best-*.safetensors"):
+        if path not in kept:
+            durable.remove_file(path)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[list[Interrupted]]:
+    """SIGTERM and SIGINT are kept until the step under way is done and a checkpoint written; a second SIGINT is not."""
+    pending: list[Interrupted] = []
+
+    def keep(number: int, frame: object) -> None:
+        name, code = signal.Signals(number).name, 128 + number
+        if pending and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        pending.append(
+            Interrupted(
+                "interrupted", why=f"{name}; a checkpoint was written", fix="the same command goes on from it", exit_code=code
+            )
+        )
+        get_logger().warning("%s: finishing the step and writing a checkpoint", name)
+
+    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield pending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

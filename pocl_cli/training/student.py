@@ -1,0 +1,70 @@
+"""The one module that training calls: the student's backbone and the objective in a single forward.
+
+Wrapping this module for several processes shows the wrapper every use of every parameter, tied heads included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pocl_cli.training.objective import (
+    Batch,
+    ObjectiveOutput,
+    distillation_loss,
+    effective_kd_ratio,
+    tokens_per_chunk,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pocl_cli.losses.divergence import KDMethod
+    from pocl_cli.models.device import Hardware
+    from pocl_cli.models.head import HeadedModel
+    from pocl_cli.models.teacher import OnlineTeacher
+
+
+class StudentWithObjective(nn.Module):
+    """Batch → loss. The teacher, where there is one, is asked inside and is not a part of the module."""
+
+    def __init__(
+        self,
+        headed: HeadedModel,
+        *,
+        method: KDMethod,
+        teacher: OnlineTeacher | None,
+        num_real_tokens: int,
+        hardware: Hardware,
+    ) -> None:
+        super().__init__()
+        self.headed = headed
+        self.method, self.teacher = method, teacher
+        self.num_real_tokens, self.hardware = num_real_tokens, hardware
+        self.chunk_tokens = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The student as an ordinary model: what is saved."""
+        return self.headed.model
+
+    def forward(self, batch: Batch, *, temperature: float, kd_ratio: float, normaliser: float) -> ObjectiveOutput:
+        batch = batch.to(self.hardware.device)
+        places = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)
+        ratio = effective_kd_ratio(self.method, kd_ratio)
+        with self.hardware.autocast():
+            teacher_hidden_NE = self.teacher.hidden_states(*places) if ratio and self.teacher is not None else None
+            return distillation_loss(
+                self.headed.hidden_states(*places),
+                self.headed.head,
+                batch.targets_N,
+                method=self.method,
+                kd_ratio=kd_ratio,
+                temperature=temperature,
+                num_real_tokens=self.num_real_tokens,
+                normaliser=normaliser,
+                chunk_tokens=self.chunk_tokens,
+                teacher_hidden_NE=teacher_hidden_NE,
+                teacher_head=self.teacher.head if self.teacher is not None else None,
+            )

@@ -1,0 +1,165 @@
+"""A commit is killed, or refused by the disk, at its n-th file operation, for every n until it survives."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pocl_cli.artifacts import Store, durable
+from pocl_cli.artifacts.manifest import verify
+from pocl_cli.errors import ResourceError
+
+from .conftest import make_student
+
+_SHIPPED = ["metrics.jsonl", "model/config.json", "model/model.safetensors"]
+
+
+def _count_down(n: int, act: Callable[[str, Path], None]) -> Callable[[str, Path], None]:
+    left = itertools.count(n - 1, -1)
+
+    def hook(operation: str, path: Path) -> None:
+        if next(left) == 0:
+            act(operation, path)
+
+    return hook
+
+
+def _kill(operation: str, path: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_killed_at(n: int, outputs: Path) -> bool:
+    """Makes the student in a process that dies at its n-th file operation; False where it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        durable._fault_hook = _count_down(n, _kill)
+        try:
+            make_student(outputs)
+        finally:
+            os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), f"the process ended with {status}"
+    return status != 0
+
+
+def _check_visible_is_whole(outputs: Path) -> None:
+    students = outputs / "students"
+    names = [name for name in os.listdir(students) if name.startswith("tiny-")] if students.exists() else []
+    for name in names:
+        verify(Store(outputs).resolve(name, ["students"]))
+
+
+def _check_finished(outputs: Path) -> None:
+    store = Store(outputs)
+    artifact = make_student(outputs)
+    verify(artifact)
+    assert sorted(artifact.manifest.files) == _SHIPPED
+    make_student(outputs, seed=2)  # the next run clears away what the killed one left
+    assert os.listdir(outputs / ".work") == []
+    assert {name for name in os.listdir(outputs / "students") if name.startswith(".")} <= _young_temporaries(outputs)
+    assert store.interrupted("students") == []
+
+
+def _young_temporaries(outputs: Path) -> set[str]:
+    """A temporary `latest` of the last hour may belong to a living process and stays."""
+    return {name for name in os.listdir(outputs / "students") if name.startswith(".latest.")}
+
+
+def test_commit_when_killed_at_any_operation_then_the_artifact_is_whole_or_absent_and_a_rerun_makes_it(
+    tmp_path: Path,
+) -> None:
+    for n in itertools.count(1):
+        outputs = tmp_path / str(n)
+        was_killed = _is_killed_at(n, outputs)
+        _check_visible_is_whole(outputs)
+        _check_finished(outputs)
+        if not was_killed:
+            break
+
+    assert n > 40, "the hook is called before every write, flush, rename and removal"
+
+
+def test_commit_when_its_rerun_is_killed_too_then_a_third_run_makes_it(tmp_path: Path) -> None:
+    for n, again in itertools.product(range(4, 64, 12), range(1, 50, 7)):
+        outputs = tmp_path / f"{n}-{again}"
+        _is_killed_at(n, outputs)
+        _is_killed_at(again, outputs)
+        _check_visible_is_whole(outputs)
+        _check_finished(outputs)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_commit_when_the_disk_refuses_any_operation_then_says_so_and_a_rerun_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(operation: str, path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    num_refused = 0
+    for n in itertools.count(1):
+        outputs = tmp_path / str(n)
+        refused = False
+
+        def refuse_once(operation: str, path: Path) -> None:
+            nonlocal refused
+            refused = True
+            refuse(operation, path)
+
+        monkeypatch.setattr(durable, "_fault_hook", _count_down(n, refuse_once))
+        try:
+            make_student(outputs)
+        except ResourceError as error:
+            assert os.strerror(code) in str(error)
+            num_refused += 1
+        monkeypatch.undo()
+        _check_visible_is_whole(outputs)
+        _check_finished(outputs)
+        if not refused:
+            break
+
+    assert num_refused > 30
+
+
+def test_commit_when_killed_before_the_rename_then_keeps_the_checkpoints(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+
+    def kill_at_rename(operation: str, path: Path) -> None:
+        if operation == "rename" and path.parent.name == "students":
+            _kill(operation, path)
+
+    pid = os.fork()
+    if pid == 0:
+        durable._fault_hook = kill_at_rename
+        make_student(outputs)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+    (interrupted,) = Store(outputs).interrupted("students", "tiny")
+    assert interrupted.identity == {"train": {"seed": 1, "lr": 0.001}}
+    assert (outputs / ".work" / interrupted.id / "checkpoints" / "step-1" / "state.json").exists()
+    assert not any(name.startswith("tiny-") for name in os.listdir(outputs / "students"))
+
+
+def test_find_when_commits_happen_meanwhile_then_sees_whole_artifacts_only(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for seed in range(40):
+                make_student(outputs, seed)
+        finally:
+            os._exit(0)
+    seen: set[str] = set()
+    store = Store(outputs)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        for name in os.listdir(outputs / "students") if (outputs / "students").exists() else []:
+            if name.startswith("tiny-"):
+                seen.add(store.resolve(name).id)
+
+    assert len(seen) > 1
