@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: each carries what, where, why, what to do, and an exit code (DESIGN: exit table)."""
+"""Errors that are the user's to mend: each carries what, where, why, what to do, and its exit code."""
 
 from __future__ import annotations
 

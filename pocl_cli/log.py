@@ -21,6 +21,8 @@ from pocl_cli.redaction import scrub
 if TYPE_CHECKING:
     from rich.console import Console
 
+QUIET_SECONDS = 2.0  # no progress lines closer together, and none for what is over sooner
+
 _console: Console | None = None
 
 
@@ -105,7 +107,6 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
                 advance_bar(n)
             lines.advance(n)
 
-        lines.start()
         try:
             yield advance
         except BaseException:
@@ -132,22 +133,20 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _ProgressLines:
-    """Log lines at the start, at every tenth of the way, and at the end."""
+    """Log lines at every tenth of the way and at the end; a job of less than `QUIET_SECONDS` makes none."""
 
     def __init__(self, description: str, total: int, level: int) -> None:
         self.description, self.total, self.level = description, total, level
         self.num_done, self.tenths = 0, 0
-        self.started = time.monotonic()
-
-    def start(self) -> None:
-        self._log("%s: 0 of %d", self.description, self.total)
+        self.started = self.told = time.monotonic()
 
     def advance(self, n: int) -> None:
         self.num_done += n
         tenths = 10 * self.num_done // self.total if self.total else 0
-        if tenths <= self.tenths or self.num_done >= self.total:
+        now = time.monotonic()
+        if tenths <= self.tenths or self.num_done >= self.total or now - self.told < QUIET_SECONDS:
             return
-        self.tenths = tenths
+        self.tenths, self.told = tenths, now
         rate = self._rate()
         left = duration((self.total - self.num_done) / rate)
         template = "%s: %d of %d (%d %%), %.3g/s, about %s left"
@@ -155,6 +154,8 @@ class _ProgressLines:
 
     def finish(self, verb: str) -> None:
         elapsed = duration(time.monotonic() - self.started)
+        if verb == "finished" and time.monotonic() - self.started < QUIET_SECONDS:
+            return
         template = "%s: %s %d of %d in %s, %.3g/s"
         self._log(template, self.description, verb, self.num_done, self.total, elapsed, self._rate())
 

@@ -36,7 +36,7 @@ class DroppedRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedRow:
-    """Token ids of a record. `response_ids` ends with EOS unless `response_cut`; `prompt_cut`: the prompt was shortened."""
+    """Token ids of a record. `response_ids` ends with EOS unless `response_cut`; `prompt_cut`: it was shortened."""
 
     id: str
     prompt_ids: Sequence[int]
@@ -51,7 +51,7 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRecord:
-    """What one model makes of one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated."""
+    """One model on one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated."""
 
     id: str
     num_prompt_tokens: int

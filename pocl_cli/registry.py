@@ -36,7 +36,8 @@ class Registry:
         def add(member: T) -> T:
             assert dataclasses.is_dataclass(member), f"{member.__name__} must be a dataclass"
             known = self._members.get(name)
-            assert known is None or known.__qualname__ == member.__qualname__, f"{self.family} {name!r} is registered twice"
+            twice = known is not None and known.__qualname__ != member.__qualname__
+            assert not twice, f"{self.family} {name!r} is registered twice"
             member.name = name  # type: ignore[attr-defined]
             member.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
             self._members[name] = member

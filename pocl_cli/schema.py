@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,12 +14,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# The members of the open families: configuration builds them through their registry before this schema is checked.
-KDMethod = Scheduler = DifficultyMeasurer = Tracker = Any
+# Members of the open families: configuration builds them through their registries before this schema is checked.
+KDMethod: TypeAlias = Any
+Scheduler: TypeAlias = Any
+DifficultyMeasurer: TypeAlias = Any
+Tracker: TypeAlias = Any
 
 
 class ModelConfig(Section):
-    """Where a model comes from: `path` (hub id, folder, student artifact) or `experiment` (the student that recipe makes)."""
+    """Where a model comes from: `path` (hub id, folder, student artifact) or `experiment`, the recipe that makes it."""
 
     name: str
     path: str | None
@@ -63,7 +66,9 @@ class StudentConfig(ModelConfig):
             raise ValueError("a student needs one of path, experiment or architecture")
         if self.architecture is not None:
             if self.tokenizer is None:
-                raise ValueError("an architecture made from nothing needs student.tokenizer ('toy', a hub id or a folder)")
+                raise ValueError(
+                    "an architecture made from nothing needs student.tokenizer ('toy', a hub id or a folder)"
+                )
             if "model_type" not in self.architecture:
                 raise ValueError("architecture needs model_type (llama, gpt2, qwen2, …)")
         elif self.tokenizer is not None:

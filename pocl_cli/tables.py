@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 
 PIPED_WIDTH = 80
-_HEADINGS = {"num_rows": "rows", "num_tokens": "tokens", "kd_ratio": "KD ratio", "lr": "learning rate"}
+_HEADINGS = {
+    "num_rows": "rows",
+    "num_tokens": "tokens",
+    "num_prompt_tokens": "prompt tokens",
+    "num_response_tokens": "response tokens",
+    "kd_ratio": "KD ratio",
+    "lr": "learning rate",
+    "rouge_l": "ROUGE-L",
+    "dev_rouge_l": "dev ROUGE-L",
+}
 
 
 def stage_table(rows: Sequence[Row], title: str = "Stages") -> None:
@@ -24,8 +33,13 @@ def stage_table(rows: Sequence[Row], title: str = "Stages") -> None:
 
 
 def partition_table(summary: Sequence[Row], title: str = "Partition, easiest subset first") -> None:
-    """Draws the subsets of a partition, one line each, from the rows of its summary."""
-    _draw_rows(title, summary)
+    """Draws the subsets of a partition from the rows of its summary, one line each, then their sample instructions."""
+    samples = {row["subset"]: row.get("sample_instructions") for row in summary}
+    _draw_rows(title, [{key: value for key, value in row.items() if key != "sample_instructions"} for row in summary])
+    for subset, instructions in samples.items():
+        for instruction in instructions if isinstance(instructions, list | tuple) else ():
+            line = " ".join(str(instruction).split())
+            get_console().print(_text(f"  subset {subset}: {line}"), width=_width(), overflow="ellipsis", no_wrap=True)
 
 
 def sweep_table(rows: Sequence[Row], title: str = "Sweep") -> None:

@@ -134,7 +134,7 @@ def write_parquet(path: Path, table: pyarrow.Table) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Replaces the file by `tensors` in safetensors format. Equal tensors and metadata give equal bytes.
 
-    Written here and not by the library, which orders the metadata at random and holds a second copy of all tensors.
+    Written here and not by the library, which orders the metadata at random.
     Tensors that share storage are written once each. Raises ResourceError.
     """
     import torch
@@ -243,8 +243,8 @@ def rename(source: Path, target: Path) -> None:
         FileExistsError: something has the name `target` already; `source` is left as it was.
         ResourceError: any other failure.
     """
-    _fault_hook("rename", target)
     try:
+        _fault_hook("rename", target)
         rename_without_replacing(source, target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):

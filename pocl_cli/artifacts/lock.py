@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.disk import reported
-from pocl_cli.errors import LockedError, SecurityError
+from pocl_cli.errors import LockedError, ResourceError, SecurityError
 
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
@@ -46,13 +47,22 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         _sign(descriptor, path)
         yield
     finally:
+        # A forked child that leaves the context too must not take the lock from its parent.
         try:
-            # Removed while still locked: whoever opened the file before sees that it lost its name and opens anew.
-            # A forked child that leaves the context too must not do so.
             if os.getpid() == owner:
-                durable.remove_file(path)
+                _withdraw(descriptor, path)
         finally:
             os.close(descriptor)
+
+
+def _withdraw(descriptor: int, path: Path) -> None:
+    """Removes the lock file while it is still locked: whoever opened it before sees that it lost its name."""
+    try:
+        with reported(path, "write"):
+            os.ftruncate(descriptor, 0)
+        durable.remove_file(path)
+    except ResourceError as error:
+        logging.getLogger("pocl").warning("%s; the lock is released all the same", error)
 
 
 def _acquire(path: Path, what: str, wait: bool) -> int:

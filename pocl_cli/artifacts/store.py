@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pocl_cli.artifacts import durable, lock
 from pocl_cli.artifacts.disk import reported
 from pocl_cli.artifacts.manifest import KINDS, MANIFEST, Artifact, ArtifactKey, load, read_manifest, verify
-from pocl_cli.artifacts.work import Work, discard, read_work_file, sign
+from pocl_cli.artifacts.work import WORK_FILE, Work, discard, read_work_file, sign
 from pocl_cli.errors import ArtifactError, LockedError, ResourceError, SecurityError
 from pocl_cli.redaction import scrub_values
 
@@ -122,7 +122,9 @@ class Store:
             durable.make_folder(path)
             durable.remove_temporaries(path, recursive=True, older_than_seconds=0)
             durable.remove_tree(path.with_name(f"{key.id}.staged"))
-            yield Work(path, key, self.outputs, sign(path, key, summary or {}), resumed=resumed)
+            work = Work(path, key, self.outputs, sign(path, key, summary or {}), resumed=resumed)
+            with _dropped_where_empty(path):
+                yield work
 
     def interrupted(self, kind: str, slug: str | None = None) -> list[Interrupted]:
         """Unfinished work of a kind (and slug) that no live process seems to hold, by id; see `difference`."""
@@ -136,7 +138,7 @@ class Store:
         return found
 
     def tidy(self) -> None:
-        """Removes what commits that were killed after their rename left behind. Never touches unfinished work."""
+        """Removes what runs that were killed at the end of a commit left behind. Never touches unfinished work."""
         try:
             for kind in KINDS:
                 durable.remove_temporaries(self.outputs / kind, recursive=False, older_than_seconds=_STALE_SECONDS)
@@ -147,6 +149,10 @@ class Store:
                 if content is not None and self._is_finished(content):
                     with suppress(LockedError), lock.hold(self._lock_path(path.name), str(path)):
                         self._finish(path, content["kind"])
+            for path in self._work_root.glob("*.lock"):
+                if not path.with_suffix("").exists() and not lock.seems_held(path):
+                    with suppress(LockedError), lock.hold(path, path.stem):
+                        pass  # leaving the context removes the lock file
         except ResourceError as error:
             logging.getLogger("pocl").warning("leftovers of a killed run stay: %s", error)
 
@@ -265,6 +271,17 @@ class Store:
         names = ", ".join(folder.name for folder in folders[:_NUM_SHOWN])
         rest = len(folders) - _NUM_SHOWN
         return f"{names} and {rest} more" if rest > 0 else names or "none (there are none yet)"
+
+
+@contextmanager
+def _dropped_where_empty(path: Path) -> Iterator[None]:
+    """Leaves no work folder behind when a run failed before it wrote anything."""
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() == owner and path.is_dir() and os.listdir(path) == [WORK_FILE]:
+            discard(path)
 
 
 def _refuse_secrets(key: ArtifactKey) -> None:

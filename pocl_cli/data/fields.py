@@ -17,6 +17,7 @@ INPUT_NAMES = ("input", "context")
 OUTPUT_NAMES = ("output", "outputs", "response", "completion", "answer", "target", "references")
 CATEGORY_NAMES = ("category", "topic")
 CONVERSATION_NAMES = ("messages", "conversations")
+_NAMES_SHOWN, _NAME_CHARACTERS = 20, 40
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -102,9 +103,11 @@ def recognise(names: Iterable[str], wanted: FieldsConfig, where: str) -> Columns
 
 def _missing(role: str, explicit: str | None, present: Iterable[str], free: Iterable[str], where: str) -> DataError:
     usual = {"instruction": INSTRUCTION_NAMES, "output": OUTPUT_NAMES}.get(role, ())
-    candidates = list(free)
+    candidates = [name for name in free if len(name) <= _NAME_CHARACTERS]
     guess = nearest(explicit or role, candidates) or (candidates[0] if candidates else "COLUMN")
-    why = f"its columns are {', '.join(repr(name) for name in present) or 'none'}"
+    shown = [repr(name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…") for name in present]
+    more = f", and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
+    why = f"its columns are {', '.join(shown[:_NAMES_SHOWN]) or 'none'}{more}"
     if explicit is None:
         why += f"; names that are recognised are {', '.join(usual)}"
     what = f"no column {explicit!r}" if explicit is not None else f"no column for the {role}"

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pocl_cli.errors import DataError, PoclError, ResourceError
+from pocl_cli.log import get_logger
 
 # The client waits another 3 s for a list of its own before the first request; together a silent hub costs 7 s.
 TIMEOUT_SECONDS = 4.0
@@ -44,6 +45,8 @@ def resolve(repository: str, revision: str | None) -> Snapshot:
         cached = None if _is_refusal(error) else _from_cache(repository, revision)
         if cached is None:
             raise _explained(repository, revision, error) from error
+        message = "the hub cannot be reached: %s is read from the cache, at commit %s"
+        get_logger().info(message, repository, cached.commit)
         return cached
     assert info.sha is not None, "the hub answers with the commit"
     return Snapshot(

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from pocl_cli.errors import DataError, ResourceError
 
 FORMATS = ("jsonl", "json", "parquet", "csv", "tsv")
+_MEND_JSON = "mend or remove the line (a .jsonl file holds one row a line, a .json file that or one list of rows)"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -143,12 +144,10 @@ def _parsed(raw: bytes, where: str) -> Any:
         raise _not_utf8(where, error) from error
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if b"\n" in raw.rstrip() else where
-        raise DataError(
-            "bad JSON", where=place, why=f"{error.msg} at column {error.colno}", fix="mend or remove the line"
-        ) from error
+        raise DataError("bad JSON", where=place, why=f"{error.msg} at column {error.colno}", fix=_MEND_JSON) from error
     except (RecursionError, ValueError) as error:
         why = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise DataError("bad JSON", where=where, why=why, fix="mend or remove the line") from error
+        raise DataError("bad JSON", where=where, why=why, fix=_MEND_JSON) from error
 
 
 def _as_object(value: Any, where: str) -> Mapping[str, Any]:

@@ -38,11 +38,15 @@ def rank_rows(ids: Sequence[str], difficulty: FloatArray) -> list[int]:
 
 
 def tie_share(values: FloatArray) -> float:
-    """Fraction (0..1) of the rows whose value another row has too; 0 for no rows."""
+    """Fraction (0..1) of the rows that share the most common value; 0 for no rows or where all values differ.
+
+    Many small groups of equal values still order the rows; one large group is file order in disguise.
+    """
     if len(values) == 0:
         return 0.0
     _, counts = np.unique(values, return_counts=True)
-    return float(counts[counts > 1].sum() / len(values))
+    largest = int(counts.max())
+    return largest / len(values) if largest > 1 else 0.0
 
 
 def tie_shares(rows: Sequence[ScoredRecord], needs: Iterable[str], difficulty: FloatArray) -> dict[str, float]:
@@ -57,6 +61,6 @@ def tie_warning(shares: Mapping[str, float]) -> str | None:
     if not tied:
         return None
     return (
-        f"most rows tie ({', '.join(tied)}): tied rows share one rank there, and what stays equal is ordered by record"
-        " id, which says nothing about difficulty; a stronger student or another difficulty separates them"
+        f"most rows share one value ({', '.join(tied)}): they share one rank there, and what stays equal is ordered by"
+        " record id, which says nothing about difficulty; a stronger student or another difficulty separates them"
     )

@@ -40,7 +40,6 @@ def log_mixture(logprobs_NV: Tensor, other_logprobs_NV: Tensor, weight: float) -
         return other_logprobs_NV
     if weight == 1:
         return logprobs_NV
-    # The gradient of logaddexp(−inf, −inf) is NaN; a finite floor stands for the same probability, 0.
-    return (logprobs_NV.clamp(min=_LOG_ZERO) + math.log(weight)).logaddexp(
-        other_logprobs_NV.clamp(min=_LOG_ZERO) + math.log1p(-weight)
-    )
+    # The gradient of logaddexp(−inf, −inf) is NaN; on one side a finite floor stands for the same probability, 0.
+    other_NV = other_logprobs_NV.clamp(min=_LOG_ZERO) + math.log1p(-weight)
+    return (logprobs_NV + math.log(weight)).logaddexp(other_NV)

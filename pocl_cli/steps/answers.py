@@ -58,5 +58,5 @@ def answer(
             vocabulary_size=num_real_tokens(loaded.tokenizer),
             on_finished=on_finished,
         )
-    texts = loaded.tokenizer.batch_decode([one.token_ids for one in generated], skip_special_tokens=True)
+    texts = loaded.tokenizer.batch_decode([list(one.token_ids) for one in generated], skip_special_tokens=True)
     return [Answer(text, len(one.token_ids), one.ended) for text, one in zip(texts, generated, strict=True)]

@@ -65,6 +65,14 @@ class Chain:
             section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
         return resolve_teacher(section, self.store, hashes=self.hashes)
 
+    def verify_students(self, *sources: ModelSource | None) -> None:
+        """Hashes the students made here again that are about to be loaded. Raises ArtifactError at a damaged one."""
+        for source in sources:
+            if source is not None and (made := source.identity.get("student")):
+                artifact = self.store.find(("students", str(made)))
+                if artifact is not None:
+                    self.store.verify(artifact)
+
     def _made_by(self, experiment: str, overrides: tuple[str, ...]) -> str:
         """The student artifact of a recipe, which is composed from that recipe alone."""
         recipe = configuration.recipe(self.run, experiment, overrides)
@@ -88,7 +96,7 @@ class Chain:
         }
         if who == "student":
             identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
-        return self._key("scores", f"{source.label}-on-{self.config.dataset.name}", identity)
+        return self._key("scores", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
 
     @cached_property
     def partition_key(self) -> ArtifactKey:
@@ -119,7 +127,7 @@ class Chain:
             identity["teacher"] = self.teacher.identity
         if config.curriculum.needs_partition:
             identity["partition"] = self.partition_key.id
-        slug = f"{self.student.label}-{config.kd_method.name}-{config.curriculum.name}-seed{config.train.seed}"
+        slug = f"{self._label('student')}-{config.kd_method.name}-{config.curriculum.name}-seed{config.train.seed}"
         return self._key("students", slug, identity)
 
     def evaluation_key(self, model: dict[str, Any], label: str) -> ArtifactKey:
@@ -136,6 +144,14 @@ class Chain:
                 "precision": self.config.hardware.precision,
             }
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)
+
+    def _label(self, who: str) -> str:
+        """A short name for slugs: of a student made here its recipe's, else the folder's or the hub's."""
+        source, section = (
+            (self.student, self.config.student) if who == "student" else (self.teacher, self.config.teacher)
+        )
+        assert source is not None, "a chain without a teacher names none"
+        return section.name if "student" in source.identity else source.label
 
     def _dataset(self, config: DatasetConfig) -> dict[str, Any]:
         return dataset_identity(config, self.hashes.sha256_file)

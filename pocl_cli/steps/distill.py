@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
@@ -99,7 +100,6 @@ def run(run: Run) -> StepResult | None:
     tables.summary_panel(
         "distilled" if run.config.kd_method.needs_teacher else "trained",
         {
-            "student": str(artifact.path),
             "steps": state.step,
             "response tokens": state.num_tokens,
             **figures,
@@ -139,13 +139,14 @@ def _check_models(chain: Chain) -> None:
         assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
         check_context(read_config(chain.teacher), needed)
         compare_tokenizers(load_tokenizer(chain.teacher), load_tokenizer(chain.student))
+    chain.verify_students(chain.student, chain.teacher if chain.config.kd_method.needs_teacher else None)
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
     if not chain.config.curriculum.needs_partition:
         return [Subset(0, rows.train.ids)]
     partition = obtain(chain.run, "partition", chain.partition_key, chain.store)
-    subsets = read_partition(partition.path)
+    subsets = read_partition(chain.store, partition)
     members = {record_id for subset in subsets for record_id in subset.record_ids}
     if members != set(rows.train.ids):
         raise ArtifactError(
@@ -226,7 +227,11 @@ def _dev_figures(
     assert rows.dev is not None, "no dev rows"
     dev = [rows.dev.row(record_id) for record_id in rows.dev.ids]
     measured = measure_cross_entropy(
-        student.headed, dev, num_real_tokens=student.num_real_tokens, pad_token_id=loaded.pad_token_id, hardware=hardware
+        student.headed,
+        dev,
+        num_real_tokens=student.num_real_tokens,
+        pad_token_id=loaded.pad_token_id,
+        hardware=hardware,
     )
     num_tokens = sum(row.num_response_tokens for row in measured)
     answers = answer(
@@ -259,6 +264,7 @@ def _write_model(
 ) -> None:
     folder = work.path / "model"
     durable.remove_tree(folder)
+    disable_progress_bar()
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     durable.write_text(folder / "README.md", model_card(chain.run.resolved, table, figures, chain.run.command))

@@ -21,7 +21,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
 from pocl_cli.models.source import ModelSource, resolve_teacher
 from pocl_cli.models.vocabulary import num_real_tokens
-from pocl_cli.records import Record, ScoredRecord, TokenisedRow
+from pocl_cli.records import Record, TokenisedRow
 from pocl_cli.schema import DatasetConfig, TeacherConfig
 from pocl_cli.steps.answers import Answer, answer
 from pocl_cli.steps.chain import Chain
@@ -41,8 +41,8 @@ def run(run: Run) -> StepResult:
     chain = Chain(run)
     if run.config.evaluation.predictions is not None:
         return _evaluate_predictions(chain, Path(run.config.evaluation.predictions).expanduser())
-    source, inputs = _evaluated(chain)
-    key = chain.evaluation_key(source.identity, source.label)
+    source, label, inputs = _evaluated(chain)
+    key = chain.evaluation_key(source.identity, label)
     found = chain.store.find(key)
     if found is not None:
         return _done(StepResult(found, made=False), found.path)
@@ -53,6 +53,7 @@ def run(run: Run) -> StepResult:
         decoding = run.config.evaluation.decoding
         for one in run.config.evaluation.datasets:
             check_context(read_config(source), max(one.max_tokens, one.max_prompt_tokens + decoding.max_new_tokens))
+        chain.verify_students(source)
         loaded = load_model(source, device=hardware.device, dtype_override=None, dropout=None)
         metrics, predictions = {}, []
         for one in run.config.evaluation.datasets:
@@ -65,19 +66,20 @@ def run(run: Run) -> StepResult:
 # ── answers of a model ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _evaluated(chain: Chain) -> tuple[ModelSource, dict[str, str]]:
-    """The model that is evaluated, and the artifact that it comes from."""
+def _evaluated(chain: Chain) -> tuple[ModelSource, str, dict[str, str]]:
+    """The model that is evaluated, its short name, and the artifact that it comes from."""
     which = chain.config.evaluation.model
     if which == "teacher":
         assert chain.teacher is not None, "configuration refuses the teacher of teacher=none"
-        source = chain.teacher
+        source, label = chain.teacher, chain.config.teacher.name
     elif which in (None, "student"):
         artifact = obtain(chain.run, "distill", chain.student_key, chain.store)
-        source = resolve_teacher(_at(str(artifact.path)), chain.store)
+        source, label = resolve_teacher(_at(str(artifact.path)), chain.store), chain.student_key.slug
     else:
         source = resolve_teacher(_at(which), chain.store)
+        label = source.label
     student = source.identity.get("student")
-    return source, {"student": str(student)} if student else {}
+    return source, label, {"student": str(student)} if student else {}
 
 
 def _at(path: str) -> TeacherConfig:
@@ -133,9 +135,7 @@ def _answered(
     if path.exists():
         return [Answer(**values) for values in json.loads(path.read_text())]
     answers = answer(loaded, shard, decoding=decoding, seed=seed, purpose="evaluate", hardware=hardware)
-    durable.write_json(
-        path, [{"text": one.text, "num_tokens": one.num_tokens, "ended": one.ended} for one in answers]
-    )
+    durable.write_json(path, [{"text": one.text, "num_tokens": one.num_tokens, "ended": one.ended} for one in answers])
     return answers
 
 
@@ -145,7 +145,9 @@ def _answered(
 def _evaluate_predictions(chain: Chain, path: Path) -> StepResult:
     dataset = chain.config.evaluation.datasets[0]
     if not path.is_file():
-        raise DataError(f"no file {path}", where="evaluation.predictions", fix="name a JSON lines file, an answer a row")
+        raise DataError(
+            f"no file {path}", where="evaluation.predictions", fix="name a JSON lines file, an answer a row"
+        )
     key = chain.evaluation_key({"predictions": sha256_file(path)}, path.name.split(".")[0])
     found = chain.store.find(key)
     if found is not None:
@@ -174,7 +176,10 @@ def _text(values: Mapping[str, Any], location: str) -> str:
         if isinstance(values.get(name), str):
             return str(values[name])
     raise DataError(
-        "a prediction without text", where=location, why=f"its keys are {', '.join(values)}", fix='give "text" or "prediction"'
+        "a prediction without text",
+        where=location,
+        why=f"its keys are {', '.join(values)}",
+        fix='give "text" or "prediction"',
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import Artifact
+from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
 from pocl_cli.curriculum.partition import cut, partition_summary
 from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
@@ -38,7 +38,9 @@ def run(run: Run) -> StepResult:
         if work.finished is not None:
             return StepResult(work.finished, made=False)
         rows = training_rows(run.config, load_tokenizer(chain.student))
-        scored = read_scores(scores.path) if scores else [_unmeasured(record_id) for record_id in rows.train.ids]
+        scored = (
+            read_scores(chain.store, scores) if scores else [_unmeasured(record_id) for record_id in rows.train.ids]
+        )
 
         # ── measure, order, cut ───────────────────────────────────────────────────────────────────────────────────
         values = difficulty(scored)
@@ -66,10 +68,11 @@ def run(run: Run) -> StepResult:
     return StepResult(artifact, made=True)
 
 
-def read_partition(path: Path) -> list[Subset]:
-    """The subsets of a partition artifact, easiest first, each in order of difficulty."""
+def read_partition(store: Store, artifact: Artifact) -> list[Subset]:
+    """The subsets of a partition artifact, easiest first, each in order of difficulty; its files are hashed again."""
+    store.verify(artifact)
     members: dict[int, list[str]] = {}
-    for row in pq.read_table(path / "partition.parquet").sort_by("difficulty_rank").to_pylist():
+    for row in pq.read_table(artifact.path / "partition.parquet").sort_by("difficulty_rank").to_pylist():
         members.setdefault(row["subset"], []).append(row["id"])
     return [Subset(index, tuple(members[index])) for index in sorted(members)]
 

@@ -67,7 +67,9 @@ def _training_records(config: PoclConfig) -> Sequence[Record]:
 def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record] | None) -> dict[str, Any]:
     config = chain.config
     steps = sum(row["steps"] for row in table)
-    sequences = sum(min(row["steps"] * config.train.global_batch_size, row["epochs"] * row["num_rows"]) for row in table)
+    sequences = sum(
+        min(row["steps"] * config.train.global_batch_size, row["epochs"] * row["num_rows"]) for row in table
+    )
     estimates: dict[str, Any] = {"steps": steps, "sequences": sequences}
     if records is None:
         tokens = sequences * config.dataset.max_tokens
@@ -96,7 +98,8 @@ def _sample(config: PoclConfig, student: ModelSource, records: Sequence[Record])
     tokenizer, dataset = load_tokenizer(student), config.dataset
     chosen = records[:: max(1, len(records) // SAMPLE_ROWS)]
     rows = [
-        encode(record, tokenizer, dataset.max_tokens, dataset.max_prompt_tokens, dataset.long_prompts) for record in chosen
+        encode(record, tokenizer, dataset.max_tokens, dataset.max_prompt_tokens, dataset.long_prompts)
+        for record in chosen
     ]
     return [row for row in rows if isinstance(row, TokenisedRow)]
 

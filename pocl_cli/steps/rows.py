@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def tokenised_rows(
 
 
 def _report(name: str, train: TokenisedDataset, dropped: Sequence[DroppedRow], dev: TokenisedDataset | None) -> None:
-    get_logger().info(
+    level = logging.INFO if dropped or train.num_prompt_cut or train.num_response_cut else logging.DEBUG
+    get_logger().log(
+        level,
         "%s: %d training rows, %d dev rows; %d dropped, %d prompts and %d responses cut",
         name,
         len(train),

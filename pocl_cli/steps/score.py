@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
+from pocl_cli.artifacts.manifest import Artifact
+from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
@@ -51,9 +53,10 @@ def run(run: Run) -> StepResult:
     return _measure(chain, "student")
 
 
-def read_scores(path: Path) -> list[ScoredRecord]:
-    """The rows of a scores artifact."""
-    return [ScoredRecord(**row) for row in pq.read_table(path / "scores.parquet").to_pylist()]
+def read_scores(store: Store, artifact: Artifact) -> list[ScoredRecord]:
+    """The rows of a scores artifact, after its files have been hashed again."""
+    store.verify(artifact)
+    return [ScoredRecord(**row) for row in pq.read_table(artifact.path / "scores.parquet").to_pylist()]
 
 
 def _measure(chain: Chain, who: str) -> StepResult:
@@ -96,6 +99,7 @@ def _load(chain: Chain, who: str, hardware: Hardware) -> tuple[TrainingRows, Loa
     needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
     check_context(read_config(source), needed)
     rows = training_rows(chain.config, tokenizer)
+    chain.verify_students(source)
     return rows, load_model(source, device=hardware.device, dtype_override=None, dropout=None)
 
 
@@ -152,7 +156,9 @@ def _measure_in_shards(
 
 def _shards(rows: TrainingRows) -> Iterator[list[TokenisedRow]]:
     """All training rows by length, in shards."""
-    every = sorted((rows.train.row(record_id) for record_id in rows.train.ids), key=lambda row: (row.num_tokens, row.id))
+    every = sorted(
+        (rows.train.row(record_id) for record_id in rows.train.ids), key=lambda row: (row.num_tokens, row.id)
+    )
     for start in range(0, len(every), SHARD_ROWS):
         yield every[start : start + SHARD_ROWS]
 

@@ -46,7 +46,8 @@ class Tracker(Protocol):
         """Begins the run, or goes on with it where `run_folder` (its name identifies the run) was opened before.
 
         Args:
-            run_folder: the run's private folder; local files of the tracker go there.
+            run_folder: where local files of the tracker go. Not a folder that is committed as an artifact: trackers
+                write until the program ends.
             run_name: what the tracker's pages call the run.
             config: the resolved configuration, plain nested values; secrets in it are hidden.
 

@@ -41,8 +41,12 @@ class MLflow:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         from mlflow import MlflowClient
 
+        from pocl_cli.artifacts import durable
+
         folder = run_folder.resolve()
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:
+            durable.make_folder(folder)
         with _reported(uri):
             client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder / 'mlflow.db'}")
             experiment = client.get_experiment_by_name(self.experiment)

@@ -48,6 +48,8 @@ class Trackio:
 
 
 class _TrackioRun(TrackerRun):
+    """Trackio keeps both tellings of a step that a resumed run repeats; their values are the same."""
+
     def __init__(self, run: Any) -> None:
         self._run = run
 

@@ -35,6 +35,10 @@ class Wandb:
         self.check()
         import wandb
 
+        from pocl_cli.artifacts import durable
+
+        durable.make_folder(run_folder)
+
         # The console is pocl's own, and the metadata hold the command line, secrets among the overrides included.
         settings = wandb.Settings(console="off", disable_git=True, x_disable_meta=True, init_timeout=_TIMEOUT_SECONDS)
         with _reported():

@@ -37,10 +37,17 @@ class Journal:
         """A line of one optimizer step; `num_tokens` response tokens took `seconds`."""
         self._lines.append(values)
         self._timings.append(
-            {"step": values["step"], "seconds": seconds, "response_tokens_per_second": num_tokens / seconds, "time": time.time()}
+            {
+                "step": values["step"],
+                "seconds": seconds,
+                "response_tokens_per_second": num_tokens / seconds,
+                "time": time.time(),
+            }
         )
         self.track(values, values["step"])
-        get_logger().debug("step %(step)d: loss %(loss).4f, ce %(ce).4f, kd %(kd).4f, grad_norm %(grad_norm).3f", values)
+        get_logger().debug(
+            "step %(step)d: loss %(loss).4f, ce %(ce).4f, kd %(kd).4f, grad_norm %(grad_norm).3f", values
+        )
 
     def dev_line(self, figures: Mapping[str, float], *, step: int, stage: int, epoch: int) -> None:
         """A line of one dev evaluation; its keys start with `dev_`."""

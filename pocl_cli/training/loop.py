@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pocl_cli.artifacts import durable
-from pocl_cli.curriculum.stage_table import StageRow
+from pocl_cli.curriculum.stage_table import StageRow, stage_steps
 from pocl_cli.errors import ArtifactError, Interrupted, NonFiniteError
 from pocl_cli.log import get_logger
 from pocl_cli.records import Stage, TokenisedRow
@@ -108,6 +108,7 @@ def train(job: TrainingJob) -> TrainingState:
                 global_batch_size=settings.global_batch_size,
                 drop_last=settings.drop_last,
             )
+            schedule_steps = _schedule_steps(job, stage, row)
             optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
             if resumed_from and state.stage_step:
                 checkpoint.load_optimizer(resumed_from, optimizer, student.backbone)
@@ -121,7 +122,7 @@ def train(job: TrainingJob) -> TrainingState:
                 # ── one optimizer step ────────────────────────────────────────────────────────────────────────────
                 started = time.perf_counter()
                 torch.manual_seed(derive_seed(settings.seed, "dropout", state.step))
-                lr = cosine(stage_step, row["steps"], start=settings.lr, end=settings.lr_end)
+                lr = cosine(stage_step, schedule_steps, start=settings.lr, end=settings.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
@@ -174,13 +175,16 @@ def train(job: TrainingJob) -> TrainingState:
                 if not last and (pending or state.step % settings.checkpoint_every == 0):
                     state = replace(state, metrics_bytes=journal.flush(state.step))
                     checkpoint.save(checkpoints, state, student.backbone, optimizer)
+                    _prune_best(job, keep=state.best)
                 if pending and not last:
                     raise pending[0]
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
                 _restore_best(job, state.best)
-            state = replace(state, stage=stage.index + 1, stage_step=0, best=None, metrics_bytes=journal.flush(state.step))
+            state = replace(
+                state, stage=stage.index + 1, stage_step=0, best=None, metrics_bytes=journal.flush(state.step)
+            )
             checkpoint.save(checkpoints, state, student.backbone, None)
             _prune_best(job, keep=None)
             resumed_from = None
@@ -188,6 +192,13 @@ def train(job: TrainingJob) -> TrainingState:
                 raise pending[0]
     journal.close()
     return state
+
+
+def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
+    """Length of the stage's learning-rate schedule: a stop inside several stages (max_steps) does not shorten it."""
+    if len(job.table) == 1:
+        return row["steps"]
+    return stage_steps(stage, global_batch_size=job.settings.global_batch_size, drop_last=job.settings.drop_last)
 
 
 def _accumulate(
@@ -226,7 +237,6 @@ def _keep_best(job: TrainingJob, state: TrainingState, figures: Mapping[str, flo
         return state
     tensors = checkpoint.model_tensors(job.student.backbone)
     durable.write_safetensors(_best_file(job, now.step), tensors)
-    _prune_best(job, keep=(now.step, state.best.step if state.best else None))
     return replace(state, best=now)
 
 
@@ -249,11 +259,10 @@ def _best_file(job: TrainingJob, step: int) -> Path:
     return job.folder / "checkpoints" / f"best-{step:08d}.safetensors"
 
 
-def _prune_best(job: TrainingJob, keep: tuple[int | None, ...] | None) -> None:
-    """Removes the best states but those of the steps to keep: an older checkpoint may still name the one before."""
-    kept = {_best_file(job, step) for step in keep or () if step is not None}
+def _prune_best(job: TrainingJob, keep: Best | None) -> None:
+    """Removes the best states that the newest checkpoint does not name; it must be durable before."""
     for path in (job.folder / "checkpoints").glob("best-*.safetensors"):
-        if path not in kept:
+        if keep is None or path != _best_file(job, keep.step):
             durable.remove_file(path)
 
 
@@ -268,7 +277,10 @@ def _signals_wait() -> Iterator[list[Interrupted]]:
             raise KeyboardInterrupt
         pending.append(
             Interrupted(
-                "interrupted", why=f"{name}; a checkpoint was written", fix="the same command goes on from it", exit_code=code
+                "interrupted",
+                why=f"{name}; a checkpoint was written",
+                fix="the same command goes on from it",
+                exit_code=code,
             )
         )
         get_logger().warning("%s: finishing the step and writing a checkpoint", name)

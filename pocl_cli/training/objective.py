@@ -210,9 +210,9 @@ class _Terms:
         return hidden_ND.new_zeros(len(hidden_ND), dtype=dtype), hidden_ND.new_zeros(len(hidden_ND), dtype=dtype)
 
     def per_token(self, hidden_nD: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Cross entropy and divergence per token of a chunk; only what has a weight carries a gradient."""
+        """Cross entropy and divergence per token of a chunk, from the same logits of the student."""
         logits_nV = _real_logits(self.student_head, hidden_nD, self.num_real_tokens)
-        ce_n = _cross_entropy(logits_nV if self.ce_weight else logits_nV.detach(), self.targets_N[chunk])
+        ce_n = _cross_entropy(logits_nV, self.targets_N[chunk])
         if self.teacher is None:
             return ce_n, torch.zeros_like(ce_n)
         teacher_head, teacher_hidden_NE = self.teacher
@@ -260,17 +260,15 @@ class _LossWithGradient(torch.autograd.Function):
                 for total, part in zip(gradients, chunk_gradients[1:], strict=True):
                     total += part
         ctx.save_for_backward(hidden_gradient_ND, *gradients)
-        ctx.dtypes = [one.dtype for one in parameters]
         ctx.mark_non_differentiable(ce_N, kd_N)
         return terms.weigh(ce_N, kd_N), ce_N, kd_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_ce_N: Tensor, grad_kd_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient_ND, *gradients = ctx.saved_tensors
-        # In the gradient's own dtype: a float32 factor would turn a 16-bit gradient into float32.
-        scaled = ((one * grad_loss).to(dtype) for one, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return (hidden_gradient_ND * grad_loss).to(hidden_gradient_ND.dtype), None, None, *scaled
+        # Autograd casts each gradient to its parameter's dtype.
+        hidden_gradient_ND, *gradients = (gradient * grad_loss for gradient in ctx.saved_tensors)
+        return hidden_gradient_ND, None, None, *gradients
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

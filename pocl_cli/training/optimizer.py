@@ -19,5 +19,5 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch
 
 
 def cosine(step: int, num_steps: int, *, start: float, end: float) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `num_steps`: from `start` towards `end` by a half cosine."""
+    """The learning rate of optimizer step `step` (from 0) of `num_steps`: a half cosine from `start` towards `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2

@@ -1,4 +1,4 @@
-"""Where a training run stands: the small values of a checkpoint. Random streams need none: they derive from the step."""
+"""Where a training run stands: the small values of a checkpoint. Random streams derive from the step and need none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Best:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Counts of what is done: `step` over all stages, `stage_step` in the current one; `metrics_bytes` of metrics.jsonl."""
+    """What is done: `step` counts over all stages, `stage_step` in the current one, `metrics_bytes` of metrics.jsonl."""
 
     step: int = 0
     stage: int = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pocl_cli import log
 from pocl_cli.errors import ResourceError
 from pocl_cli.log import (
     duration,
@@ -102,15 +103,15 @@ def test_run_log_when_the_disk_is_full_then_the_run_goes_on_and_is_told_once(
     assert "Traceback" not in text
 
 
-def test_progress_when_piped_then_the_first_the_last_and_a_line_per_tenth_are_logged(
-    caplog: pytest.LogCaptureFixture,
+def test_progress_when_piped_then_a_line_per_tenth_and_the_end_are_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log, "QUIET_SECONDS", 0.0)
     with caplog.at_level(logging.INFO), progress("score", total=1000) as advance:
         for _ in range(500):
             advance(2)
-    assert len(caplog.messages) == 11
-    assert caplog.messages[0] == "score: 0 of 1000"
-    assert [re.search(r"\((\d+) %\)", line).group(1) for line in caplog.messages[1:-1]] == [  # type: ignore[union-attr]
+    assert len(caplog.messages) == 10
+    assert [re.search(r"\((\d+) %\)", line).group(1) for line in caplog.messages[:-1]] == [  # type: ignore[union-attr]
         str(10 * tenth) for tenth in range(1, 10)
     ]
     assert re.fullmatch(r"score: finished 1000 of 1000 in .* s, .*/s", caplog.messages[-1])
@@ -118,13 +119,21 @@ def test_progress_when_piped_then_the_first_the_last_and_a_line_per_tenth_are_lo
 
 @pytest.mark.parametrize("total", [0, 1, 3])
 def test_progress_when_there_are_few_items_then_the_end_is_told_once(
-    total: int, caplog: pytest.LogCaptureFixture
+    total: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log, "QUIET_SECONDS", 0.0)
     with caplog.at_level(logging.INFO), progress("score", total) as advance:
         for _ in range(total):
             advance(1)
     assert len([line for line in caplog.messages if "finished" in line]) == 1
     assert f"{total} of {total}" in caplog.messages[-1]
+
+
+def test_progress_when_a_job_is_over_at_once_then_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), progress("score", total=20) as advance:
+        for _ in range(20):
+            advance(1)
+    assert caplog.messages == []
 
 
 def test_progress_when_the_loop_fails_then_the_place_is_told_and_the_error_goes_on(

@@ -30,6 +30,17 @@ def test_partition_table_when_a_row_lacks_a_value_then_a_dash_stands_for_it(caps
     assert capsys.readouterr().err.splitlines()[-1].split() == ["1", "4", "–"]
 
 
+def test_partition_table_when_subsets_have_samples_then_each_is_one_line_below_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    partition_table([{"subset": 0, "num_rows": 5, "sample_instructions": ["two\nlines", "long " * 40]}])
+    lines = capsys.readouterr().err.splitlines()
+    assert "sample" not in lines[1]
+    assert lines[-2].strip() == "subset 0: two lines"
+    assert len(lines[-1]) <= 80
+    assert lines[-1].rstrip().endswith("…")
+
+
 def test_sweep_table_when_a_path_is_long_then_it_is_folded_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -118,7 +118,7 @@ def _replace(draws: Draws, level: int) -> Question:
     *words, new = draws.sample(WORDS, (3, 4, 4)[level])
     old = draws.choice(words)
     items = draws.sample([*words, old], 4) if level == 2 else words
-    wordings = ("Replace {old} with {new}.", "Write {new} instead of {old}.", "Change {old} to {new}.")
+    wordings = ("Replace {old} with {new}.", "Change {old} to {new}.", "Turn {old} into {new}.")
     answer = " ".join(new if item == old else item for item in items)
     return Question(wordings, " ".join(items), answer, {"old": old, "new": new})
 
@@ -155,17 +155,17 @@ def _classify(draws: Draws, level: int) -> Question:
     yes, no = draws.sample(WORDS, 2)
     if level == 0:
         number, limit = draws.sample(range(10), 2)
-        wordings = ("Say {yes} if it is above {limit}, else {no}.", "If it is above {limit} say {yes}, else {no}.")
+        wordings = ("Say {yes} if it is above {limit}, else {no}.", "Write {yes} if it is more than {limit}, else {no}.")
         return Question(wordings, str(number), yes if number > limit else no, {"yes": yes, "no": no, "limit": str(limit)})
     if level == 1:
         kind = draws.choice(tuple(CLASSES))
         words = CLASSES[kind] if draws.below(2) else [word for word in WORDS if word not in CLASSES[kind]]
         word = draws.choice(words)
-        wordings = ("Say {yes} if it is of class {kind}, else {no}.", "If the class is {kind} say {yes}, else {no}.")
+        wordings = ("Say {yes} if it is of class {kind}, else {no}.", "Write {yes} if the class is {kind}, else {no}.")
         return Question(wordings, word, yes if word in CLASSES[kind] else no, {"yes": yes, "no": no, "kind": kind})
     items = draws.sample(WORDS, 3)
     seen = draws.choice(items if draws.below(2) else [word for word in WORDS if word not in items])
-    wordings = ("Say {yes} if the list has {seen}, else {no}.", "If {seen} is there say {yes}, else {no}.")
+    wordings = ("Say {yes} if the list has {seen}, else {no}.", "Write {yes} if there is {seen}, else {no}.")
     return Question(wordings, " ".join(items), yes if seen in items else no, {"yes": yes, "no": no, "seen": seen})
 
 
@@ -195,7 +195,7 @@ def _count(draws: Draws, level: int) -> Question:
     if level == 1:
         word, other = draws.sample(WORDS, 2)
         items = [draws.choice((word, word, other)) for _ in range(4)]
-        wordings = ("Count the word {word}.", "How many times is {word} in the list?")
+        wordings = ("Count the word {word}.", "How many times comes {word}?")
         return Question(wordings, " ".join(items), str(items.count(word)), {"word": word})
     items = draws.sample(WORDS, 4)
     kind = draws.choice(tuple(CLASSES))
@@ -205,8 +205,9 @@ def _count(draws: Draws, level: int) -> Question:
 
 @_family("extreme")
 def _extreme(draws: Draws, level: int) -> Question:
-    """Smallest or largest of three digits, then of four, then of three numbers of two digits."""
-    numbers = [10 + draws.below(90) if level == 2 else draws.below(10) for _ in range(4 if level == 1 else 3)]
+    """Smallest or largest of three digits, then of four, then of two numbers of two digits."""
+    low, high, count = ((0, 10, 3), (0, 10, 4), (10, 100, 2))[level]
+    numbers = [low + draws.below(high - low) for _ in range(count)]
     text = " ".join(map(str, numbers))
     if draws.below(2):
         return Question(("Give the smallest number.", "Find the minimum.", "What is the lowest?"), text, str(min(numbers)))
@@ -223,5 +224,5 @@ def _position(draws: Draws, level: int) -> Question:
         return Question(wordings, " ".join(items), items[place], {"place": ORDINALS[place]})
     slots = {"word": items[place]}
     if level == 1:
-        return Question(("At which place is {word}?", "Find the place of {word}."), " ".join(items), ORDINALS[place], slots)
-    return Question(("Which word comes after {word}?", "Give the word after {word}."), " ".join(items), items[place + 1], slots)
+        return Question(("Which place has {word}?", "Find the place of {word}."), " ".join(items), ORDINALS[place], slots)
+    return Question(("Which word comes after {word}?", "Find the word after {word}."), " ".join(items), items[place + 1], slots)

@@ -20,7 +20,7 @@ from pocl_cli.artifacts import check_free_disk, durable
 from pocl_cli.artifacts.encoding import json_text
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 
-_TEXT = st.text(st.sampled_from("ab\ud800\u2028\u2029\x85\x7f\0\n\\\"é😀"), max_size=6)
+_TEXT = st.text(st.sampled_from('ab\ud800\u2028\u2029\x85\x7f\0\n\\"é😀'), max_size=6)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3),
@@ -163,6 +163,19 @@ def test_write_safetensors_when_the_order_of_names_differs_then_gives_the_same_b
     durable.write_safetensors(tmp_path / "b", {"z": one, "y": two, "x": one}, {"c": "3", "b": "2", "a": "1"})
 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_write_safetensors_when_narrow_tensors_come_first_by_name_then_wide_ones_are_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+
+    durable.write_safetensors(path, {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2), "c": torch.arange(1)})
+
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    offsets = {name: start + header[name]["data_offsets"][0] for name in "abc"}
+    assert (offsets["c"] % 8, offsets["b"] % 4) == (0, 0)
+    assert offsets["c"] < offsets["b"] < offsets["a"]
 
 
 def test_rename_when_the_target_exists_then_replaces_nothing(tmp_path: Path) -> None:

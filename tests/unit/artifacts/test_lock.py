@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,18 @@ from pocl_cli.errors import LockedError, ResourceError, SecurityError
 from .conftest import make_student
 
 _KEY = ArtifactKey("students", "tiny", {"train": {"seed": 1, "lr": 0.001}}, version=1)
+
+
+_running: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    while _running:
+        pid = _running.pop()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def _fork(body: Callable[[], None]) -> int:
@@ -27,10 +39,12 @@ def _fork(body: Callable[[], None]) -> int:
             code = error.exit_code
         finally:
             os._exit(code)
+    _running.add(pid)
     return pid
 
 
 def _exit_code(pid: int) -> int:
+    _running.discard(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -40,7 +54,8 @@ def _hold_until_told(outputs: Path) -> tuple[int, Callable[[], None]]:
     end_read, end_write = os.pipe()
 
     def body() -> None:
-        with Store(outputs).open_work(_KEY):
+        with Store(outputs).open_work(_KEY) as work:
+            durable.write_text(work.path / "progress", "x")
             os.write(ready_write, b"x")
             os.read(end_read, 1)
 
@@ -83,7 +98,7 @@ def test_open_work_when_its_holder_was_killed_then_opens_with_what_it_left(outpu
     pid, _ = _hold_until_told(outputs)
     durable.write_text(outputs / ".work" / _KEY.id / "checkpoint", "half")
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    assert _exit_code(pid) == -signal.SIGKILL
 
     with Store(outputs).open_work(_KEY) as work:
         assert work.resumed
@@ -140,17 +155,42 @@ def test_open_work_when_a_forked_child_outlives_its_parent_then_stays_locked(out
         assert work.resumed
 
 
+def test_hold_when_a_waiter_takes_over_then_a_third_process_is_kept_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    entered_read, entered_write = os.pipe()
+    go_read, go_write = os.pipe()
+
+    def body() -> None:
+        os.read(go_read, 1)
+        with lock.hold(path, "a", wait=True):
+            os.write(entered_write, b"x")
+            os.read(go_read, 1)
+
+    pid = _fork(body)  # before the lock is held: a forked child would hold it too
+    with lock.hold(path, "a"):
+        os.write(go_write, b"x")
+        time.sleep(0.2)  # the waiter has opened the file that is about to lose its name
+    os.read(entered_read, 1)
+
+    with pytest.raises(LockedError, match=f"process {pid}"), lock.hold(path, "a"):
+        pass
+    os.write(go_write, b"x")
+    assert _exit_code(pid) == 0
+
+
 def test_hold_when_a_forked_child_leaves_the_context_too_then_the_lock_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    with lock.hold(path, "a"):
-        pid = os.fork()
-        if pid == 0:
-            try:
+    try:
+        with lock.hold(path, "a"):
+            pid = os.fork()
+            if pid == 0:
                 raise KeyboardInterrupt
-            finally:
-                pass
-        os.waitpid(pid, 0)
-        assert path.exists()
+            os.waitpid(pid, 0)
+            was_there = path.exists()
+    except KeyboardInterrupt:
+        os._exit(0)
+
+    assert was_there
     assert not path.exists()
 
 

@@ -196,9 +196,7 @@ def test_verify_when_a_bit_is_flipped_then_names_the_file(outputs: Path, make: M
 
 
 @pytest.mark.parametrize("name", ["extra", "model/extra.bin", ".hidden"])
-def test_find_when_a_file_is_not_listed_then_says_how_to_remove_that_file(
-    outputs: Path, make: Make, name: str
-) -> None:
+def test_find_when_a_file_is_not_listed_then_says_how_to_remove_that_file(outputs: Path, make: Make, name: str) -> None:
     artifact = make(outputs)
     (artifact.path / name).write_text("x")
 
@@ -462,8 +460,9 @@ def test_resolve_when_the_newest_was_deleted_then_latest_is_the_one_before(outpu
 
 def test_interrupted_when_work_was_left_then_names_it_by_kind_and_slug(outputs: Path, make: Make) -> None:
     store = Store(outputs)
-    with store.open_work(_key(1)), store.open_work(_key(2, slug="other")):
-        pass
+    with store.open_work(_key(1)) as one, store.open_work(_key(2, slug="other")) as other:
+        durable.write_text(one.path / "rows", "x")
+        durable.write_text(other.path / "rows", "x")
     make(outputs, seed=3)
     (outputs / ".work" / "0123456789ab").mkdir()
 
@@ -472,10 +471,17 @@ def test_interrupted_when_work_was_left_then_names_it_by_kind_and_slug(outputs: 
     assert store.interrupted("scores") == []
 
 
+def test_open_work_when_it_fails_before_anything_is_written_then_leaves_nothing_behind(outputs: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Store(outputs).open_work(_key()):
+        raise ZeroDivisionError
+
+    assert os.listdir(outputs / ".work") == []
+
+
 def test_open_work_when_interrupted_then_keeps_when_it_began_and_hides_secrets_of_its_summary(outputs: Path) -> None:
     store = Store(outputs)
     with store.open_work(_key(), summary={"hub": {"token": "very-secret"}, "max_tokens": 512}) as first:
-        pass
+        durable.write_text(first.path / "rows", "x")
     with store.open_work(_key()) as second:
         durable.write_text(second.path / "file", "x")
         shown = (first.path / "work.json").read_text()

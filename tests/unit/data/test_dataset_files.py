@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pocl_cli.errors import PoclError
+from pocl_cli.data.sources import load_dataset
 from pocl_cli.schema import DatasetConfig
 
 FOLDER = Path(__file__).parents[3] / "conf" / "dataset"
@@ -50,12 +50,6 @@ def test_preset_when_read_then_every_key_has_a_comment_and_the_head_names_source
 
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_preset_when_only_its_path_is_overridden_by_a_file_then_reads_the_file(name: str, tmp_path: Path) -> None:
-    from pocl_cli.data.sources import load_dataset
-
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Q", "output": "A"}\n')
     config = DatasetConfig.model_validate(values(name) | {"path": str(tmp_path / "rows.jsonl")})
-    try:
-        loaded = load_dataset(config)
-    except PoclError as error:
-        pytest.fail(str(error))
-    assert len(loaded.records) == 1
+    assert [record.response for record in load_dataset(config).records] == ["A"]

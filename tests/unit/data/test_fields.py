@@ -55,6 +55,12 @@ def test_missing_column_when_nothing_fits_then_error_names_columns_and_the_overr
     assert "dataset.fields.instruction=question_text" in message
 
 
+def test_missing_column_when_a_row_has_hundreds_then_error_stays_short() -> None:
+    with pytest.raises(DataError, match="and 481 more") as caught:
+        read({"x" * 10_000: "Q", **{f"column {i}": "A" for i in range(500)}})
+    assert len(str(caught.value)) < 1_500
+
+
 def test_missing_column_when_the_output_is_absent_then_error_names_the_override() -> None:
     with pytest.raises(DataError, match=r"dataset\.fields\.output=reply"):
         read({"instruction": "Q", "input": "I", "reply": "A"})

@@ -81,7 +81,7 @@ def test_hub_when_it_never_answers_then_fails_within_ten_seconds(make_config, hu
     assert seconds < 10
 
 
-@pytest.mark.parametrize(("path", "exit_code"), [("org/gone", 3), ("gone", 3), ("org/a--b", 3)])
+@pytest.mark.parametrize(("path", "exit_code"), [("org/gone", 3), ("gone", 3)])
 def test_hub_when_it_knows_no_such_data_set_then_is_a_data_error(make_config, hub, tmp_path, path, exit_code) -> None:
     failed, _ = load(make_config(path=path), tmp_path, HF_ENDPOINT=hub.url)
     assert failed["exit_code"] == exit_code

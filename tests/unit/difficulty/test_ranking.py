@@ -50,8 +50,9 @@ def test_rank_rows_when_a_difficulty_is_not_finite_then_names_the_first_rows(bad
         rank_rows(ids, np.array([0.0, 1.0, *[bad] * 7]))
 
 
-def test_tie_share_when_some_rows_tie_then_counts_every_one_of_them() -> None:
-    assert tie_share(np.array([0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 3.0, 4.0])) == 5 / 8
+def test_tie_share_when_several_groups_tie_then_counts_the_largest() -> None:
+    assert tie_share(np.array([0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 3.0, 4.0])) == 3 / 8
+    assert tie_share(np.array([1.0, 2.0])) == 0.0
     assert tie_share(np.array([])) == 0.0
 
 

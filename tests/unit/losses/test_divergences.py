@@ -157,6 +157,12 @@ def test_divergence_at_the_end_of_its_range_is_finite_and_its_limit(case, same_a
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
 
 
+def test_jsd_without_weight_on_a_teacher_whose_term_is_infinite_is_zero():
+    teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log()
+
+    assert build({"name": "jsd", "teacher_weight": 0.0})(student, teacher).item() == 0
+
+
 def test_jsd_with_swapped_weight_and_sides_is_the_same():
     teacher, student = logits(1).log_softmax(-1), logits(2).log_softmax(-1)
 

@@ -18,15 +18,15 @@ def test_mlflow_when_a_failed_run_goes_on_then_it_stays_one_run_with_each_step_o
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = trackers.build({"name": "mlflow", "tracking_uri": None, "experiment": "pocl"})
-    with pytest.raises(KeyError), tracker.open(tmp_path, "gpt2-fkl", CONFIG) as run:
+    with pytest.raises(KeyError), tracker.open(tmp_path / "new" / "run-1", "gpt2-fkl", CONFIG) as run:
         run.log({"step": 1, "loss": 3.0}, 1)
         run.log({"step": 2, "loss": 2.0}, 2)
         raise KeyError("killed")
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'new' / 'run-1' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("pocl").experiment_id
     assert [known.info.status for known in client.search_runs([experiment])] == ["FAILED"]
 
-    with tracker.open(tmp_path, "gpt2-fkl", CONFIG) as run:
+    with tracker.open(tmp_path / "new" / "run-1", "gpt2-fkl", CONFIG) as run:
         run.log({"step": 2, "loss": 2.0}, 2)
         run.log({"step": 2, "dev_rouge_l": 20.0}, 2)
         run.log({"step": 3, "loss": 1.0}, 3)

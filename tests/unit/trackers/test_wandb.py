@@ -15,11 +15,11 @@ def test_wandb_when_offline_then_the_run_is_kept_in_its_folder_and_holds_no_secr
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = trackers.build({"name": "wandb", "project": "pocl", "entity": None, "mode": "offline"})
-    with tracker.open(tmp_path, "gpt2-fkl", {"train": {"seed": 10}, "hub_token": "hunter2"}) as run:
+    with tracker.open(tmp_path / "new" / "run-1", "gpt2-fkl", {"train": {"seed": 10}, "hub_token": "hunter2"}) as run:
         run.log({"step": 1, "loss": 0.5}, 1)
     # W&B's own process writes the file out when the program ends.
     wandb.teardown()
-    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = tmp_path.glob("new/run-1/wandb/offline-run-*/run-*.wandb")
     content = path.read_bytes()
     assert b"loss" in content
     assert b"seed" in content

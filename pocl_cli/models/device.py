@@ -1,0 +1,68 @@
+"""Where the arithmetic happens: device, threads, precision and the size of one forward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocl_cli.errors import ConfigError
+from pocl_cli.log import get_logger
+
+if TYPE_CHECKING:
+    from pocl_cli.schema import HardwareConfig
+
+# Tokens of one forward pass, padding included. Training keeps activations of all layers, decoding a cache.
+_TOKENS_ON_CPU, _TOKENS_ELSEWHERE = 4096, 16384
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The resolved `hardware` section."""
+
+    device: torch.device
+    precision: str
+    max_tokens_per_micro_batch: int
+    objective_memory_mb: int
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 forward passes where the precision asks for them; parameters stay as they are."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def set_up_hardware(config: HardwareConfig) -> Hardware:
+    """Picks the device and sets the number of threads.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = _device(config.device)
+    if device.type == "cpu" and config.precision == "bfloat16" and not torch.backends.mkldnn.is_available():
+        get_logger().warning("bfloat16 on this CPU is very slow; hardware.precision=float32 is the better choice")
+    default = _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS_ELSEWHERE
+    return Hardware(device, config.precision, config.max_tokens_per_micro_batch or default, config.objective_memory_mb)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if count == 0:
+        raise ConfigError(
+            f"no device {name!r} on this machine", where="hardware.device", fix="use hardware.device=cpu or auto"
+        )
+    if number and int(number) >= count:
+        raise ConfigError(
+            f"no device {name!r} on this machine",
+            where="hardware.device",
+            why=f"there are {count} of that kind",
+            fix=f"use hardware.device={kind}:0",
+        )
+    return torch.device(name)

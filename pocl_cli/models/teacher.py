@@ -1,0 +1,34 @@
+"""The teacher as the objective sees it: hidden states of given tokens, and the head that turns them into logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pocl_cli.models.head import HeadedModel
+
+
+class OnlineTeacher:
+    """Runs the teacher for every batch. Not a module, so that no optimizer, checkpoint or mode switch reaches it."""
+
+    def __init__(self, headed: HeadedModel) -> None:
+        self._headed = headed.eval().requires_grad_(False)
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states → logits."""
+        return self._headed.head
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the logits, padding rows included."""
+        return self._headed.num_logits
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, position_mask_BL: Tensor) -> Tensor:
+        """The final hidden states of the selected positions `[N, E]`, without dropout and without gradients."""
+        return self._headed.hidden_states(input_ids_BL, attention_mask_BL, position_mask_BL)
