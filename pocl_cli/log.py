@@ -11,9 +11,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pocl_cli.errors import ResourceError, printable
 from pocl_cli.redaction import scrub
@@ -90,8 +90,14 @@ def set_up_run_log(path: Path) -> contextlib.ExitStack:
     return recording
 
 
+class Advance(Protocol):
+    """Tells a progress display that `n` more items are finished; `note` is shown beside the rate."""
+
+    def __call__(self, n: int, note: str = "") -> None: ...
+
+
 @contextlib.contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int) -> Iterator[Advance]:
     """Shows how far a loop of `total` items is: a bar with the time left on a terminal, else a log line per 10 %.
 
     Yields:
@@ -102,10 +108,10 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     lines = _ProgressLines(description, total, level=logging.DEBUG if shows_bar else logging.INFO)
     with _bar(description, total) if shows_bar else contextlib.nullcontext(None) as advance_bar:
 
-        def advance(n: int) -> None:
+        def advance(n: int, note: str = "") -> None:
             if advance_bar is not None:
-                advance_bar(n)
-            lines.advance(n)
+                advance_bar(n, note)
+            lines.advance(n, note)
 
         try:
             yield advance
@@ -116,7 +122,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int) -> Iterator[Advance]:
     from rich import progress as parts
     from rich.text import Text
 
@@ -126,10 +132,11 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
         parts.MofNCompleteColumn(),
         parts.TimeElapsedColumn(),
         parts.TimeRemainingColumn(),
+        parts.TextColumn("{task.fields[note]}", markup=False),
     )
     with parts.Progress(*columns, console=get_console()) as display:
-        task = display.add_task("", total=total)
-        yield lambda n: display.advance(task, n)
+        task = display.add_task("", total=total, note="")
+        yield lambda n, note="": display.update(task, advance=n, note=note)
 
 
 class _ProgressLines:
@@ -140,7 +147,7 @@ class _ProgressLines:
         self.num_done, self.tenths = 0, 0
         self.started = self.told = time.monotonic()
 
-    def advance(self, n: int) -> None:
+    def advance(self, n: int, note: str) -> None:
         self.num_done += n
         tenths = 10 * self.num_done // self.total if self.total else 0
         now = time.monotonic()
@@ -149,8 +156,9 @@ class _ProgressLines:
         self.tenths, self.told = tenths, now
         rate = self._rate()
         left = duration((self.total - self.num_done) / rate)
-        template = "%s: %d of %d (%d %%), %.3g/s, about %s left"
-        self._log(template, self.description, self.num_done, self.total, 10 * tenths, rate, left)
+        template = "%s: %d of %d (%d %%), %.3g/s%s, about %s left"
+        more = f", {note}" if note else ""
+        self._log(template, self.description, self.num_done, self.total, 10 * tenths, rate, more, left)
 
     def finish(self, verb: str) -> None:
         elapsed = duration(time.monotonic() - self.started)

@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
@@ -62,15 +62,22 @@ class Registry:
             )
         return self._members[name]
 
-    def build(self, values: dict[str, Any]) -> Any:
+    def build(self, values: Any) -> Any:
         """The member that `values` (a mapping with `name` and the member's own fields) describes.
 
         Raises:
-            ConfigError: the name is unknown.
+            ConfigError: there is no name, or it is unknown.
             pydantic.ValidationError: a field is missing, unknown, of another type, or out of range.
         """
-        own = dict(values)
-        return TypeAdapter(self.get(own.pop("name"))).validate_python(own)
+        own = dict(values) if isinstance(values, Mapping) else {}
+        name = own.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"no {self.family} is chosen",
+                why=f"its name is {'missing' if name is None else repr(name)}",
+                fix=f"choose one with {self.family}=NAME: {', '.join(self.names())}",
+            )
+        return TypeAdapter(self.get(name)).validate_python(own)
 
     def _discover(self) -> None:
         if self._discovered:

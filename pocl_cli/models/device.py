@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from pocl_cli.errors import ConfigError
+from pocl_cli.errors import ConfigError, ResourceError
 from pocl_cli.log import get_logger
 
 if TYPE_CHECKING:
@@ -32,6 +34,27 @@ class Hardware:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def memory_errors_explained(hardware: Hardware, what: str) -> Iterator[None]:
+    """Raises ResourceError with advice in place of an allocation that failed in the body (`what` was under way)."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On the CPU torch raises a plain RuntimeError where an allocation fails.
+        if type(error) is RuntimeError and not re.search(r"allocate memory|not enough memory", str(error)):
+            raise
+        raise ResourceError(
+            "out of memory",
+            where=f"{what} on {hardware.device}",
+            why=str(error).split("\n", 1)[0] or type(error).__name__,
+            fix=(
+                f"set hardware.max_tokens_per_micro_batch below {hardware.max_tokens_per_micro_batch} or "
+                f"hardware.objective_memory_mb below {hardware.objective_memory_mb} (the numbers stay the same), "
+                "or student.gradient_checkpointing=true; the same command goes on where it stopped"
+            ),
+        ) from error
 
 
 def set_up_hardware(config: HardwareConfig) -> Hardware:

@@ -18,11 +18,11 @@ from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.config import Run
 from pocl_cli.curriculum.stage_table import StageRow, stage_table
-from pocl_cli.errors import ArtifactError, ResourceError
+from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
-from pocl_cli.log import get_logger, progress
+from pocl_cli.log import Advance, get_logger, progress
 from pocl_cli.models.card import model_card
-from pocl_cli.models.device import Hardware, set_up_hardware
+from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.teacher import OnlineTeacher
@@ -78,13 +78,11 @@ def run(run: Run) -> StepResult | None:
         # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────
         steps = sum(row["steps"] for row in table)
         with ExitStack() as stack:
-            tracker = stack.enter_context(run.config.tracker.open(work.path, key.folder_name, dict(run.resolved)))
+            tracker = stack.enter_context(run.config.tracker.open(_tracker_folder(chain), key.slug, dict(run.resolved)))
             show = stack.enter_context(progress(key.slug, steps))
             job = _job(run.config, student, loaded, rows, stages, table, work.path, hardware, tracker.log, show)
-            try:
+            with memory_errors_explained(hardware, "training"):
                 state = train(job)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise _out_of_memory(error, hardware) from error
 
         # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
         figures = _kept_dev_figures(work.path, job.settings.keep_best)
@@ -190,7 +188,7 @@ def _job(
     folder: Path,
     hardware: Hardware,
     track: Callable[[Mapping[str, Any], int], None],
-    show: Callable[[int], None],
+    show: Advance,
 ) -> TrainingJob:
     train_config = config.train
     evaluates = rows.dev is not None and train_config.evaluate_every > 0
@@ -270,6 +268,11 @@ def _write_model(
     durable.write_text(folder / "README.md", model_card(chain.run.resolved, table, figures, chain.run.command))
 
 
+def _tracker_folder(chain: Chain) -> Path:
+    """Local files of a tracker: not a part of the artifact, and kept when the run is interrupted."""
+    return chain.store.outputs / "trackers" / chain.student_key.folder_name
+
+
 def _name_interrupted_neighbours(chain: Chain) -> None:
     key = chain.student_key
     for other in chain.store.interrupted("students", key.slug):
@@ -278,16 +281,3 @@ def _name_interrupted_neighbours(chain: Chain) -> None:
             get_logger().info(
                 "an interrupted run %s differs in %s; this is another run, from its start", other.id, "; ".join(changes)
             )
-
-
-def _out_of_memory(error: BaseException, hardware: Hardware) -> ResourceError:
-    return ResourceError(
-        "out of memory",
-        where=f"training on {hardware.device}",
-        why=str(error).split("\n", 1)[0],
-        fix=(
-            f"set hardware.max_tokens_per_micro_batch below {hardware.max_tokens_per_micro_batch} or "
-            f"hardware.objective_memory_mb below {hardware.objective_memory_mb} (the numbers stay the same), "
-            "or student.gradient_checkpointing=true; the same command goes on from the last checkpoint"
-        ),
-    )

@@ -16,7 +16,7 @@ from pocl_cli.data.sources import load_dataset
 from pocl_cli.errors import DataError
 from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, score_answers
 from pocl_cli.log import progress
-from pocl_cli.models.device import Hardware, set_up_hardware
+from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
 from pocl_cli.models.source import ModelSource, resolve_teacher
@@ -57,7 +57,8 @@ def run(run: Run) -> StepResult:
         loaded = load_model(source, device=hardware.device, dtype_override=None, dropout=None)
         metrics, predictions = {}, []
         for one in run.config.evaluation.datasets:
-            metrics[one.name], lines = _evaluate_dataset(chain, one, loaded, hardware, work)
+            with memory_errors_explained(hardware, f"evaluating {one.name}"):
+                metrics[one.name], lines = _evaluate_dataset(chain, one, loaded, hardware, work)
             predictions += lines
         artifact = _commit(chain, work, metrics, predictions, inputs, exclude=["shards"])
     return _done(StepResult(artifact, made=True), artifact.path)

@@ -17,7 +17,7 @@ from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
-from pocl_cli.models.device import Hardware, set_up_hardware
+from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
@@ -70,7 +70,8 @@ def _measure(chain: Chain, who: str) -> StepResult:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
         hardware = set_up_hardware(chain.config.hardware)
         rows, loaded = _load(chain, who, hardware)
-        scored = _measure_in_shards(chain.config, who, rows, loaded, hardware, work.path / "shards")
+        with memory_errors_explained(hardware, f"measuring the {who}"):
+            scored = _measure_in_shards(chain.config, who, rows, loaded, hardware, work.path / "shards")
         durable.write_parquet(work.path / "scores.parquet", _table(scored))
         durable.write_jsonl(
             work.path / "dropped.jsonl",

@@ -1,8 +1,14 @@
-"""Checkpoints of a run: whole folders of safetensors and JSON, the newest good one wins."""
+"""Checkpoints of a run: whole folders of safetensors and JSON, the newest good one wins.
+
+Beside them lie the best states that they name (`best-<step>.safetensors`), which stay as long as a checkpoint does.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pocl_cli.artifacts import durable
-from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.errors import ArtifactError
+from pocl_cli.artifacts.hashing import canonical_json, sha256_file
+from pocl_cli.artifacts.manifest import difference
+from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
-from pocl_cli.training.state import TrainingState
+from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KEPT = 2
+
+# What reading a damaged file raises; a missing one is a ResourceError where it is hashed.
+_DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -29,55 +39,75 @@ def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
     partial = folder / f".partial-{target.name}"
-    durable.remove_tree(partial)
+    for leftover in folder.glob(".partial-*"):
+        durable.remove_tree(leftover)
     durable.make_folder(partial)
     durable.write_safetensors(partial / "model.safetensors", model_tensors(model))
     if optimizer is not None:
         durable.write_safetensors(partial / "optimizer.safetensors", _optimizer_tensors(optimizer, model))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-    durable.write_json(partial / "state.json", {"state": state.to_json(), "files": files})
+    record = {"state": state.to_json(), "files": files, "conditions": _conditions(model)}
+    durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
     durable.remove_tree(target)
     durable.rename(partial, target)
-    for old in _checkpoints(folder)[:-KEPT]:
-        durable.remove_tree(old)
+    _prune(folder)
 
 
 def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | None:
     """Loads the newest whole checkpoint into `model`. None where there is no checkpoint at all.
 
     Raises:
-        ArtifactError: there are checkpoints, and every one is damaged.
+        ArtifactError: there are checkpoints, and every one is damaged; or the newest whole one was made with other
+            library versions, on another device or with another number of threads, which would give other bytes.
     """
     checkpoints = _checkpoints(folder)
     for path in reversed(checkpoints):
         try:
-            state = _read_state(path)
-            load_model_tensors(model, load_file(path / "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            state, conditions = _read(path)
+            tensors = load_file(path / "model.safetensors")
+        except _DAMAGES as error:
             get_logger().warning("checkpoint %s is damaged (%s); trying the one before it", path.name, error)
             continue
+        _refuse_other_conditions(path, conditions, _conditions(model))
+        load_model_tensors(model, tensors)
         return state, path
     if checkpoints:
         raise ArtifactError(
-            "every checkpoint is damaged",
-            where=str(folder),
-            why="none matches its recorded sha256",
-            fix=f"delete the unfinished run and start it afresh: rm -r '{folder.parent}'",
+            "every checkpoint is damaged", where=str(folder), why="none matches its recorded sha256", fix=_afresh(folder)
         )
     return None
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Restores the optimizer's moments from a checkpoint folder."""
+    """Restores the optimizer's moments and step counts from a checkpoint folder."""
     tensors = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         slots = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
         if slots:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in slots.items()
-            }
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in slots.items()}
+
+
+def save_best(folder: Path, step: int, model: nn.Module) -> str:
+    """Writes the weights after `step` beside the checkpoints; their file's sha256, for `Best`."""
+    path = _best_file(folder, step)
+    durable.write_safetensors(path, model_tensors(model))
+    return sha256_file(path)
+
+
+def load_best(folder: Path, best: Best, model: nn.Module) -> None:
+    """Loads a best state into `model`. Raises ArtifactError where its file is damaged."""
+    path = _best_file(folder, best.step)
+    try:
+        _check_digest(path, best.sha256)
+        tensors = load_file(path)
+    except _DAMAGES as error:
+        raise ArtifactError(
+            "the stage's best state is damaged",
+            where=str(path),
+            why=str(error),
+            fix="the same command goes on from the newest checkpoint that does not need it",
+        ) from error
+    load_model_tensors(model, tensors)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -89,10 +119,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies `tensors` (as `model_tensors` gave them) into the model in place. Raises KeyError where names differ."""
+    """Copies `tensors` (as `model_tensors` gave them) into the model in place."""
     own = model_tensors(model)
-    if own.keys() != tensors.keys():
-        raise KeyError(f"tensors differ: {sorted(own.keys() ^ tensors.keys())[:3]}")
+    assert own.keys() == tensors.keys(), f"tensors differ: {sorted(own.keys() ^ tensors.keys())[:3]}"
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])
@@ -106,12 +135,80 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     }
 
 
-def _read_state(path: Path) -> TrainingState:
-    record: dict[str, Any] = json.loads((path / "state.json").read_text())
+def _read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """The state of a checkpoint and the conditions it was made under, once every file of it is as it was written."""
+    record = _read_record(path)
     for name, digest in record["files"].items():
-        if sha256_file(path / name) != digest:
-            raise ValueError(f"{name} does not match its sha256")
-    return TrainingState.from_json(record["state"])
+        _check_digest(path / name, digest)
+    state = TrainingState.from_json(record["state"])
+    if state.best is not None:
+        _check_digest(_best_file(path.parent, state.best.step), state.best.sha256)
+    return state, record["conditions"]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = json.loads((path / "state.json").read_bytes())
+    if not isinstance(record, dict) or record.pop("sha256", None) != _digest(record):
+        raise ValueError("state.json does not match its sha256")
+    return record
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(canonical_json(record).encode()).hexdigest()
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    if sha256_file(path) != digest:
+        raise ValueError(f"{path.name} does not match its sha256")
+
+
+def _conditions(model: nn.Module) -> dict[str, Any]:
+    """What decides the bytes of a run beside its configuration."""
+    device = next(model.parameters()).device.type
+    return {
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "device": device,
+        # Sums are split among threads on the CPU only.
+        "num_threads": torch.get_num_threads() if device == "cpu" else None,
+    }
+
+
+def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before != now:
+        raise ArtifactError(
+            "the unfinished run was begun under other conditions",
+            where=str(path),
+            why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
+            fix=f"restore them, or {_afresh(path.parent)}",
+        )
+
+
+def _afresh(folder: Path) -> str:
+    return f"delete the unfinished run and start it afresh: rm -r {shlex.quote(str(folder.parent))}"
+
+
+def _prune(folder: Path) -> None:
+    """Keeps the newest checkpoints and the best states that they name."""
+    checkpoints = _checkpoints(folder)
+    for old in checkpoints[:-KEPT]:
+        durable.remove_tree(old)
+    named = {_best_named_by(path) for path in checkpoints[-KEPT:]}
+    for best_file in folder.glob("best-*.safetensors"):
+        if best_file not in named:
+            durable.remove_file(best_file)
+
+
+def _best_named_by(path: Path) -> Path | None:
+    try:
+        best = _read_record(path)["state"]["best"]
+    except _DAMAGES:
+        return None  # nobody will go on from this checkpoint
+    return _best_file(path.parent, best["step"]) if best else None
+
+
+def _best_file(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:08d}.safetensors"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from pocl_cli.artifacts import durable
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
-from pocl_cli.errors import ArtifactError, Interrupted, NonFiniteError
-from pocl_cli.log import get_logger
+from pocl_cli.errors import Interrupted, NonFiniteError
+from pocl_cli.log import Advance, get_logger
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
@@ -70,7 +69,7 @@ class TrainingJob:
     pad_token_id: int
     evaluate_dev: Callable[[], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None]
-    show: Callable[[int], None] = field(default=lambda num_steps: None)
+    show: Advance = field(default=lambda n, note="": None)
 
 
 def train(job: TrainingJob) -> TrainingState:
@@ -84,7 +83,7 @@ def train(job: TrainingJob) -> TrainingState:
         ArtifactError: every checkpoint is damaged.
     """
     settings, student = job.settings, job.student
-    checkpoints = job.folder / "checkpoints"
+    checkpoints = _checkpoints(job)
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     found = checkpoint.load_newest(checkpoints, student.backbone)
@@ -161,7 +160,7 @@ def train(job: TrainingJob) -> TrainingState:
                         num_tokens=num_tokens,
                         seconds=time.perf_counter() - started,
                     )
-                job.show(1)
+                job.show(1, f"{num_tokens / (time.perf_counter() - started):,.0f} response tokens/s")
 
                 # ── dev evaluation at the end of an epoch and of the stage ────────────────────────────────────────
                 epoch_ends = (stage_step + 1) % sampler.steps_per_epoch == 0 or last
@@ -175,18 +174,16 @@ def train(job: TrainingJob) -> TrainingState:
                 if not last and (pending or state.step % settings.checkpoint_every == 0):
                     state = replace(state, metrics_bytes=journal.flush(state.step))
                     checkpoint.save(checkpoints, state, student.backbone, optimizer)
-                    _prune_best(job, keep=state.best)
                 if pending and not last:
                     raise pending[0]
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
-                _restore_best(job, state.best)
+                checkpoint.load_best(checkpoints, state.best, student.backbone)
             state = replace(
                 state, stage=stage.index + 1, stage_step=0, best=None, metrics_bytes=journal.flush(state.step)
             )
             checkpoint.save(checkpoints, state, student.backbone, None)
-            _prune_best(job, keep=None)
             resumed_from = None
             if pending:
                 raise pending[0]
@@ -232,38 +229,14 @@ def _refuse_non_finite(loss: float, grad_norm: float, stage: Stage, step: int, r
 
 def _keep_best(job: TrainingJob, state: TrainingState, figures: Mapping[str, float]) -> TrainingState:
     """Saves the student where it beats the stage's best so far."""
-    now = Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"])
-    if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(now)):
+    if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
         return state
-    tensors = checkpoint.model_tensors(job.student.backbone)
-    durable.write_safetensors(_best_file(job, now.step), tensors)
-    return replace(state, best=now)
+    sha256 = checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone)
+    return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))
 
 
-def _restore_best(job: TrainingJob, best: Best) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        checkpoint.load_model_tensors(job.student.backbone, load_file(_best_file(job, best.step)))
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ArtifactError(
-            "the stage's best state is damaged",
-            where=str(_best_file(job, best.step)),
-            why=str(error),
-            fix=f"delete the unfinished run and start it afresh: rm -r '{job.folder}'",
-        ) from error
-
-
-def _best_file(job: TrainingJob, step: int) -> Path:
-    return job.folder / "checkpoints" / f"best-{step:08d}.safetensors"
-
-
-def _prune_best(job: TrainingJob, keep: Best | None) -> None:
-    """Removes the best states that the newest checkpoint does not name; it must be durable before."""
-    for path in (job.folder / "checkpoints").glob("best-*.safetensors"):
-        if keep is None or path != _best_file(job, keep.step):
-            durable.remove_file(path)
+def _checkpoints(job: TrainingJob) -> Path:
+    return job.folder / "checkpoints"
 
 
 @contextmanager

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Best:
-    """The state of highest dev ROUGE-L in a stage (the lower dev cross entropy where two are equal)."""
+    """The state of highest dev ROUGE-L in a stage (the lower dev cross entropy where two are equal).
+
+    `sha256` is that of the file which holds its weights.
+    """
 
     step: int
     dev_rouge_l: float
     dev_cross_entropy: float
+    sha256: str
 
-    def is_beaten_by(self, other: Best) -> bool:
-        return (other.dev_rouge_l, -other.dev_cross_entropy) > (self.dev_rouge_l, -self.dev_cross_entropy)
+    def is_beaten_by(self, figures: Mapping[str, float]) -> bool:
+        """Whether the dev figures are those of a better state."""
+        theirs = (figures["dev_rouge_l"], -figures["dev_cross_entropy"])
+        return theirs > (self.dev_rouge_l, -self.dev_cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -34,5 +41,5 @@ class TrainingState:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainingState:
-        best = values.pop("best")
-        return TrainingState(**values, best=Best(**best) if best else None)
+        best = values["best"]
+        return TrainingState(**{**values, "best": Best(**best) if best else None})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_kept_layers_of_every_number_hold_both_ends_and_gaps_that_differ_by_one_
     for num_layers in range(2, 40):
         for layers in range(2, num_layers + 1):
             kept = kept_layers(layers, num_layers)
-            gaps = {after - before for before, after in zip(kept, kept[1:], strict=False)}
+            gaps = {after - before for before, after in pairwise(kept)}
             assert (kept[0], kept[-1], len(kept)) == (0, num_layers - 1, layers)
             assert max(gaps) - min(gaps) <= 1
 

@@ -134,7 +134,7 @@ def test_resolve_of_a_file_or_of_an_empty_folder_says_what_a_model_is(store: Sto
     with pytest.raises(ArtifactError, match="is a file"):
         teacher(store, tmp_path / "model.gguf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match="no config.json"):
+    with pytest.raises(ArtifactError, match=r"no config\.json"):
         teacher(store, tmp_path / "empty")
 
 

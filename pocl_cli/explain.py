@@ -1,0 +1,248 @@
+"""Hydra's composition errors in our words, and all of them at once: Hydra itself stops at the first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
+from pocl_cli.mistakes import siblings_of, unknown_key
+from pocl_cli.validation import keys_of
+
+# What composing raises at a user's mistake.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+# Groups whose options are often mistaken for the path of a model or of a data set.
+_PATHS = {"teacher": "teacher.path={}", "student": "student.path={}", "dataset": "dataset=local dataset.path={}"}
+
+
+def diagnose(config_name: str, overrides: Sequence[str]) -> tuple[list[PoclError], list[str]]:
+    """Inside an initialised Hydra: every override that does not compose, explained, and those that do.
+
+    A sweep (`kd_method=fkl,rkl`) is judged by all its choices, and stands among the good ones by its first.
+    """
+    errors: list[PoclError] = []
+    groups: list[str] = []
+    keys: list[Override] = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            errors.append(_unreadable(text, error))
+            continue
+        override.input_line = text
+        options = options_of(override.key_or_group)
+        if not options:
+            keys.append(override)
+        elif wrong := [_unknown_option(override, one, options) for one in _choices(override) if one not in options]:
+            errors += wrong
+        else:
+            groups.append(_first(override))
+    try:
+        base = compose(config_name, overrides=groups)
+    except COMPOSITION_ERRORS as error:
+        return [*errors, explain(error)], []
+    keys_good: list[str] = []
+    for override in keys:
+        mistake = _key_mistake(override, base)
+        if mistake is None:
+            keys_good.append(_first(override))
+        else:
+            errors.append(mistake)
+    more, good = _composable(config_name, groups, keys_good)
+    return errors + more, good
+
+
+def _composable(config_name: str, groups: list[str], keys: list[str]) -> tuple[list[PoclError], list[str]]:
+    """Takes out of `keys` what Hydra refuses for reasons that only composing shows."""
+    try:
+        compose(config_name, overrides=[*groups, *keys])
+    except COMPOSITION_ERRORS as all_together:
+        errors, good = [], []
+        for key in keys:
+            try:
+                compose(config_name, overrides=[*groups, key])
+                good.append(key)
+            except COMPOSITION_ERRORS as error:
+                errors.append(explain(error, key))
+        return errors or [explain(all_together)], [*groups, *good] if errors else []
+    return [], [*groups, *keys]
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group, those of its sub-groups among them (`paper/gpt2_fkl`)."""
+    loader = GlobalHydra.instance().config_loader()
+    own = loader.get_group_options(group, ObjectType.CONFIG)
+    below = loader.get_group_options(group, ObjectType.GROUP) if own else []
+    return sorted([*own, *(f"{name}/{option}" for name in below for option in options_of(f"{group}/{name}"))])
+
+
+def _choices(override: Override) -> list[str]:
+    """What a group override chooses: one option, several of a sweep or a list, or nothing (`null`, `~group`)."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    value = override.value()
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+
+
+def _first(override: Override) -> str:
+    assert override.input_line is not None, "set when it was read"
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return override.input_line
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+# ── one mistake, one line ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _unreadable(text: str, error: HydraException) -> ConfigError:
+    key, equals, value = text.partition("=")
+    if not equals:
+        fix = f"write {key}=VALUE"
+    elif re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        fix = f"quote the value: '{key}=\"{quoted}\"'"
+    else:
+        fix = "a key has letters, digits, '_', '.', '/' and '@' only; an entry of a list is KEY.0"
+    return ConfigError(f"cannot read the override {text!r}", why=_first_line(error), fix=fix)
+
+
+def _unknown_option(override: Override, option: str, options: Sequence[str]) -> ConfigError:
+    group = override.key_or_group
+    return unknown_option(group, option, options)
+
+
+def unknown_option(group: str, option: str, options: Sequence[str]) -> ConfigError:
+    """The error for an option that a group does not have; a path in its place is recognised."""
+    guess = nearest(option, options) or nearest(option, [name.rpartition("/")[2] for name in options])
+    guess = next((name for name in options if guess and name.rpartition("/")[2] == guess), guess)
+    if group in _PATHS and ("/" in option or Path(option).exists()):
+        fix = f"a path or hub id is given with {_PATHS[group].format(option)}"
+    else:
+        fix = f"did you mean {group}={guess}?" if guess else f"choose one with {group}=NAME"
+    return ConfigError(f"unknown {group} {option!r}", why=f"known are {', '.join(options)}", fix=fix)
+
+
+def _key_mistake(override: Override, base: DictConfig) -> PoclError | None:
+    """What is wrong with the key of an override, judged by what the chosen options compose to."""
+    key, line = override.key_or_group, override.input_line
+    values = OmegaConf.to_container(base, resolve=False)
+    assert isinstance(values, dict), "a composed configuration is a mapping"
+    known = set(keys_of(values))
+    if override.package is not None:
+        return ConfigError(
+            f"unknown key '{key}@{override.package}'",
+            why="only a group has a package (@), and the default packages are the right ones",
+            fix=f"write {key}=…",
+        )
+    head, _, last = key.rpartition(".")
+    parent = OmegaConf.select(base, head) if head in known else None
+    exists = key in known or (isinstance(parent, ListConfig) and last.isdigit() and int(last) < len(parent))
+    if override.is_add() and exists and not isinstance(override.value(), dict | list):
+        return ConfigError(f"{line!r} adds a key that exists", why="+ is for new keys", fix=f"write {str(line)[1:]}")
+    if override.is_add() or override.is_force_add() or exists:
+        return None  # Whether anything reads a new key is for the schema to say.
+    if isinstance(parent, ListConfig):
+        return ConfigError(
+            f"unknown key {key!r}", why=f"{head} has {len(parent)} entries, counted from 0", fix=f"write {head}=[…]"
+        )
+    plain = {str(name): value for name, value in values.items()}
+    return unknown_key(key, siblings_of(key, plain), anywhere=[*known, *_groups()])
+
+
+def _groups() -> list[str]:
+    names = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
+    return [name for name in names if name != "hydra"]
+
+
+def explain(error: Exception, override: str | None = None) -> PoclError:
+    """A composition error of a file, or of one override, in our words."""
+    text = str(error)
+    inside = re.match(r"In '([^']+)': ", text)
+    where = f"conf/{inside.group(1)}.yaml" if inside else None
+    if isinstance(error, yaml.YAMLError):
+        return _bad_yaml(error)
+    if isinstance(error, MissingConfigException):
+        return _missing_file(error, where)
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return _several_values(found.group(1))
+    if found := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        guess = nearest(found.group(1), _groups())
+        fix = f"did you mean {guess!r}?" if guess else f"the groups are {', '.join(_groups())}"
+        return ConfigError(f"unknown group {found.group(1)!r}", where=where, why="the defaults have none", fix=fix)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = str(error.__cause__)
+    return ConfigError(
+        f"bad override {override!r}" if override else "the configuration does not compose",
+        where=where,
+        why=" ".join(text.split("\n")[:2]),
+        fix="see pocl STEP --cfg job for the keys and their types",
+    )
+
+
+def _bad_yaml(error: yaml.YAMLError) -> PoclError:
+    why = " ".join(str(error).split())
+    if "tag:yaml.org,2002:python" in why:
+        return SecurityError("refused YAML tag", why=why, fix="remove the tag: configuration never names code to run")
+    return ConfigError("bad YAML", why=why, fix="mend the file")
+
+
+def _missing_file(error: MissingConfigException, where: str | None) -> ConfigError:
+    name = error.missing_cfg_file or ""
+    found = re.search(r"Could not find '([^']+)'", str(error))
+    group, _, option = (found.group(1) if found else str(name)).rpartition("/")
+    # An option of a sub-group is one of the group above, too: experiment=paper/x.
+    while "/" in group and not options_of(group):
+        group, _, part = group.rpartition("/")
+        option = f"{part}/{option}"
+    top, _, below = group.partition("/")
+    if below and options_of(top):
+        group, option = top, f"{below}/{option}"
+    options = options_of(group)
+    if options:
+        error_ = unknown_option(group, option, options)
+        return ConfigError(error_.what, where=where, why=error_.why, fix=error_.fix)
+    return ConfigError(
+        f"no configuration file {found.group(1) if found else name}",
+        where=where,
+        why="it is neither in the shipped conf/ nor in a folder of --config-dir or POCL_CONFIG_PATH",
+        fix="check its name and --config-dir",
+    )
+
+
+def _several_values(override: str) -> ConfigError:
+    key, _, value = override.partition("=")
+    return ConfigError(
+        f"several values in {override!r}",
+        why="they make a sweep",
+        fix=f"run it with -m, or write a list: '{key}=[{value}]', or quote the comma: '{key}=\"{value}\"'",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+def unresolved(cfg: Any) -> list[PoclError]:
+    """Every key whose interpolation leads nowhere, or whose value is missing."""
+    errors: list[PoclError] = []
+    for key in keys_of(OmegaConf.to_container(cfg, resolve=False)):
+        try:
+            OmegaConf.select(cfg, key, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            errors.append(
+                ConfigError(f"cannot resolve {key}", why=_first_line(error), fix=f"give it a value: {key}=VALUE")
+            )
+    return errors

@@ -1,0 +1,202 @@
+"""From the plain values of a composed configuration to the frozen one, with every mistake found at once. No Hydra here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
+from pocl_cli.mistakes import CALL_KEYS, FAMILIES, ConfigErrors, explain_validation
+from pocl_cli.schema import PoclConfig
+
+LOCAL = "local"
+
+
+def validate(
+    values: Mapping[str, Any], step: str, *, names: Sequence[str], presets: Mapping[str, Mapping[str, Any]]
+) -> PoclConfig:
+    """The frozen configuration that plain values describe.
+
+    Args:
+        values: what was composed, interpolations resolved.
+        step: the command that it is for: some rules belong to one.
+        names: the options of the group `dataset`.
+        presets: the values of those options that `preset_names` asks for.
+
+    Raises:
+        ConfigErrors: every mistake, nearest keys named.
+    """
+    errors: list[PoclError] = [_refused(path) for path in keys_of(values) if path.rpartition(".")[2] in CALL_KEYS]
+    checked = {key: _without_calls(value) for key, value in values.items()}
+    checked = _with_datasets(checked, names, presets, errors)
+    for section, family in FAMILIES.items():
+        if section not in checked:
+            continue
+        try:
+            checked[section] = family.build(checked[section])
+        except ValidationError as error:
+            errors += explain_validation(error, values, above=(section,))
+        except PoclError as error:
+            errors.append(error)
+    try:
+        config = PoclConfig.model_validate(checked)
+    except ValidationError as error:
+        errors += explain_validation(error, checked)
+    else:
+        if not errors:
+            errors += _contradictions(config, step)
+    if errors:
+        raise ConfigErrors(errors)
+    return config
+
+
+def preset_names(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The options of the group `dataset` that `evaluation.datasets` is made from."""
+    entries = _entries(values)
+    asked = [entry.get("name") if isinstance(entry, Mapping) else entry for entry in entries]
+    return [name for name in names if name == LOCAL or name in asked]
+
+
+def keys_of(values: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys of nested values, those of sections among them; an entry of a list has its index."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            yield from keys_of(value, f"{prefix}{key}.")
+    elif isinstance(values, list | tuple):
+        for index, entry in enumerate(values):
+            yield from keys_of(entry, f"{prefix}{index}.")
+
+
+def _refused(path: str) -> SecurityError:
+    return SecurityError(
+        f"refused key {path}",
+        where="the configuration",
+        why=f"keys such as {path.rpartition('.')[2]} name code to run",
+        fix="remove it; KD methods, curricula, difficulties and trackers of your own are registered in Python",
+    )
+
+
+def _without_calls(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without_calls(value) for key, value in values.items() if key not in CALL_KEYS}
+    return [_without_calls(entry) for entry in values] if isinstance(values, list | tuple) else values
+
+
+# ── rules that join sections ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
+    """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to one step."""
+    if step == "distill" and config.kd_method.needs_teacher and not config.teacher.present:
+        yield ConfigError(
+            f"kd_method={config.kd_method.name} needs a teacher",
+            why="teacher=none",
+            fix="choose one with teacher=NAME or teacher.path=…, or train without with kd_method=sft",
+        )
+    if step == "distill" and not config.plan.enabled:
+        try:
+            config.tracker.check()
+        except ConfigError as error:
+            yield error
+    if config.plan.enabled and step != "distill":
+        yield ConfigError(f"plan=true with pocl {step}", why="only distill has a plan", fix="pocl distill plan=true …")
+    if config.plan.num_rows is not None and not config.plan.enabled:
+        yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
+    if config.plan.num_rows is not None and config.curriculum.needs_partition:
+        yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
+    if config.evaluation.model == "teacher" and not config.teacher.present and step == "evaluate":
+        yield ConfigError(
+            "evaluation.model=teacher without a teacher",
+            why="teacher=none",
+            fix="choose a teacher with teacher=NAME or teacher.path=…",
+        )
+    limit, dev_size = config.dataset.limit, config.dataset.dev_size
+    if limit is not None and dev_size >= limit:
+        yield ConfigError(
+            f"dataset.dev_size={dev_size} takes all of dataset.limit={limit} rows",
+            why="nothing is left to train on",
+            fix="make dev_size smaller or limit larger (dev_size=0 trains without dev evaluation)",
+        )
+    elif limit is not None and config.curriculum.needs_partition:
+        yield from _stages_fit(config, limit - dev_size, f"dataset.limit={limit} less dataset.dev_size={dev_size}")
+
+
+def _stages_fit(config: PoclConfig, num_rows: int, given: str) -> Iterator[PoclError]:
+    if config.curriculum.stages > num_rows:
+        yield ConfigError(
+            f"curriculum.stages={config.curriculum.stages} is more than there are training rows",
+            why=f"{given} leaves {num_rows}",
+            fix=f"set curriculum.stages to at most {num_rows}, or use more rows",
+        )
+
+
+# ── evaluation.datasets ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _entries(values: Mapping[str, Any]) -> Sequence[Any]:
+    evaluation = values.get("evaluation")
+    entries = evaluation.get("datasets") if isinstance(evaluation, Mapping) else None
+    return entries if isinstance(entries, list | tuple) else ()
+
+
+def _with_datasets(
+    values: dict[str, Any],
+    names: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    errors: list[PoclError],
+) -> dict[str, Any]:
+    """`values` with `evaluation.datasets` as full mappings. For an entry that cannot be one, an error is added."""
+    entries = _entries(values)
+    if not entries:
+        return values
+    datasets: list[Mapping[str, Any]] = []
+    for index, entry in enumerate(entries):
+        try:
+            datasets.append(_dataset(entry, f"evaluation.datasets.{index}", names, presets))
+        except PoclError as error:
+            errors.append(error)
+            # Keeps the places of the other entries, and makes no errors of its own.
+            datasets.append({**presets[LOCAL], "name": f"entry {index}", "path": "."})
+    return {**values, "evaluation": {**values["evaluation"], "datasets": datasets}}
+
+
+def _dataset(
+    entry: Any, where: str, names: Sequence[str], presets: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    if isinstance(entry, str) and entry in names and entry != LOCAL:
+        return presets[entry]
+    if isinstance(entry, str) and (re.search(r"[./\\~]", entry) or Path(entry).exists()):
+        return {**presets[LOCAL], "name": _name_of(entry), "path": entry, "dev_size": 0}
+    if isinstance(entry, str):
+        guess = nearest(entry, names)
+        raise ConfigError(
+            f"unknown data set {entry!r}",
+            where=where,
+            why=f"known are {', '.join(name for name in names if name != LOCAL)}, and there is no file of that name",
+            fix=f"did you mean {guess!r}?" if guess else "a path has a slash or an ending: ./rows.jsonl",
+        )
+    if isinstance(entry, Mapping):
+        named = entry.get("name") in names
+        base = dict(presets[entry["name"] if named else LOCAL])
+        if not named:
+            base["dev_size"] = 0
+            if "name" not in entry and isinstance(entry.get("path"), str):
+                base["name"] = _name_of(entry["path"])
+        fields = entry.get("fields")
+        merged = {**base["fields"], **fields} if isinstance(fields, Mapping) else (fields or base["fields"])
+        return {**base, **{str(key): value for key, value in entry.items()}, "fields": merged}
+    raise ConfigError(
+        f"bad entry {entry!r}",
+        where=where,
+        why="an entry is a name, a path, or a mapping with keys of dataset",
+        fix="evaluation.datasets=[dolly_eval,./rows.jsonl,{name: mine, path: ./rows.jsonl, limit: 100}]",
+    )
+
+
+def _name_of(path: str) -> str:
+    return Path(path).name.split(".")[0] or "rows"
