@@ -49,8 +49,8 @@ NUM_ROWS, PADDED_LENGTH = 8, 512
 KD_RATIO, TEMPERATURE = 0.8, 4 / 3
 # At a learning rate of 0 the optimizer does all its work and every step has the same loss.
 LR, WEIGHT_DECAY, GRAD_CLIP = 0.0, 0.01, 1.0
-# Prompt and response tokens of made-up rows: the medians of the quarters of DollyEval in SmolLM2's tokens.
-DOLLY_LENGTHS = ((47, 13), (167, 36), (36, 79), (41, 185))
+# Prompt and response tokens of made-up rows: the medians of the thirds of DollyEval in SmolLM2's tokens.
+DOLLY_LENGTHS = ((43, 17), (122, 51), (37, 159))
 TINY = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -103,12 +103,12 @@ class Measurement:
 def main(arguments: Sequence[str]) -> int:
     """Measures both sides for every method and draws the table. Returns the exit code."""
     options = _options(arguments)
-    pairs = []
+    found = []
     for method in options.methods:
-        pair = [in_fresh_process(method, formulation, options) for formulation in ("reference", "ours")]
-        pairs.append((pair[0], pair[1]))
-        for one in pair:
-            print(json.dumps(dataclasses.asdict(one)), flush=True)
+        for formulation in ("reference", "ours"):
+            found.append(in_fresh_process(method, formulation, options))
+            print(json.dumps(dataclasses.asdict(found[-1])), flush=True)
+    pairs = list(zip(found[::2], found[1::2], strict=True))
     show(pairs, options.repeats)
     wrong = [reference.method for reference, ours in pairs if not difference(reference, ours) <= TOLERANCE]
     if wrong:

@@ -1,23 +1,18 @@
-"""The console command: takes the first word, hands the rest to Hydra, maps errors to one line and an exit code."""
+"""The console command: takes the first word, hands the rest to a step, maps errors to one line and an exit code."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import re
 import signal
 import sys
-import tempfile
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pocl_cli.errors import ConfigError, Interrupted, PoclError, SecurityError, nearest, printable
-
-if TYPE_CHECKING:
-    from pocl_cli.config import Run
+from pocl_cli import __version__
+from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
+from pocl_cli.redaction import scrub
 
 STEPS = {
     "score": "measure every training row with the student and the teacher: the difficulty measurer's raw material",
@@ -43,28 +38,40 @@ examples
 
 pocl STEP --help lists a step's groups and keys; pocl STEP --cfg job prints what would run.
 """
-# Hydra's own keys that users need; the others build loggers, callbacks and launchers from a name (FAULTS: security).
-HYDRA_OVERRIDES = re.compile(
-    r"^(hydra/launcher|hydra/sweeper|hydra\.launcher\.\w+|hydra\.sweep(\.\w+|er\.\w+)?|hydra\.run\.dir|hydra\.verbose)="
-)
-OUTCOMES = "POCL_SWEEP_OUTCOMES"
-_failure: list[PoclError] = []
+
+# What the system says where disk, memory or permission is lacking.
+RESOURCE_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EIO",
+        "ENOMEM",
+        "EMFILE",
+        "ENFILE",
+        "EFBIG",
+        "ENOTDIR",
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `pocl`. Exits with DESIGN's codes."""
-    sys.exit(_exit_code(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv))))
+    """Entry point of `pocl`. Exits with the codes of DESIGN §1."""
+    sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _dispatch(argv: list[str]) -> int:
-    word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+def _dispatch(argv: Sequence[str]) -> None:
+    word, rest = (argv[0], argv[1:]) if argv else ("--help", ())
     if word in STEPS:
-        return _run_step(word, rest)
-    if word in ("--help", "-h", "help"):
+        from pocl_cli.launch import run_step
+
+        run_step(word, rest)
+    elif word in ("--help", "-h", "help"):
         print(HELP, end="")
     elif word == "--version":
-        from pocl_cli import __version__
-
         print(f"pocl {__version__}")
     elif word == "env":
         from pocl_cli.environment import print_environment
@@ -78,204 +85,58 @@ def _dispatch(argv: list[str]) -> int:
         guess = nearest(word, [*STEPS, "env", "--version", "--completion", "--help"])
         raise ConfigError(
             f"unknown command {word!r}",
-            why=f"commands are {', '.join(STEPS)}, env",
+            why=f"commands are {', '.join(STEPS)} and env",
             fix=f"did you mean 'pocl {guess}'?" if guess else "see pocl --help",
         )
+
+
+def _exit_code(argv: Sequence[str]) -> int:
+    """Runs a command; every way to fail ends in one line a mistake on stderr, and its exit code."""
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        _dispatch(argv)
+    except PoclError as error:
+        return _failed(error, [str(one) for one in getattr(error, "errors", [error])], error.exit_code)
+    except Interrupted as error:
+        return _failed(error, [str(error)], error.exit_code)
+    except KeyboardInterrupt as error:
+        return _failed(error, ["interrupted — SIGINT — the same command goes on where it was"], 130)
+    except BrokenPipeError:
+        # Nobody reads stdout any more. The interpreter's last flush must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:  # the last resort: what nobody foresaw is one line, too
+        return _failed(error, [_unforeseen(error)], 5 if _is_resource(error) else 70)
     return 0
 
 
-def _run_step(step: str, argv: list[str]) -> int:
-    import hydra
-
-    from pocl_cli import config
-
-    argv = [re.sub(r"^plan=", "plan.enabled=", word) for word in argv]
-    _refuse_hydra_overrides(argv)
-    folders, argv = _take_config_dirs(argv)
-    config.add_user_config([*folders, *config.user_config_folders()])
-    if "plan.enabled=true" in [word.lower() for word in argv]:
-        argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]  # a plan writes nothing
-
-    multirun = any(word in ("-m", "--multirun") for word in argv)
-    sys.argv = [f"pocl {step}", *argv]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting 1
-    task = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=step)(_task(step))
-    try:
-        if multirun:
-            return _sweep(task)
-        task()
-        if _failure:
-            raise _failure.pop()
-        return 0
-    except _composition_errors() as error:
-        raise config.ConfigErrors(_diagnosed(step, argv, error)) from error
+def _is_resource(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in RESOURCE_ERRORS)
 
 
-def _task(step: str) -> Callable[[Any], None]:
-    """What Hydra calls with the composed configuration, once a job."""
-
-    def job(cfg: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        from pocl_cli import config, log
-
-        hydra_config = HydraConfig.get()
-        overrides = [o for o in hydra_config.overrides.task if o != "plan.enabled=false"]
-        outcome: dict[str, Any] = {"overrides": list(hydra_config.overrides.task), "started": time.time()}
-        try:
-            run = config.from_hydra(step, cfg, overrides)
-            log.set_up_console_log()
-            if not run.config.plan.enabled:
-                log.set_up_run_log(Path(hydra_config.runtime.output_dir) / "pocl.log")
-            outcome.update(_work(run))
-        except PoclError as error:
-            outcome.update(status="failed", message=str(error), exit_code=error.exit_code)
-            log.get_logger().debug("failed", exc_info=True)
-            if hydra_config.mode is RunMode.MULTIRUN:
-                raise
-            _failure.append(error)  # raised by the dispatcher: Hydra would print a line of its own
-        finally:
-            outcome.setdefault("status", "failed")
-            outcome["seconds"] = time.time() - outcome.pop("started")
-            if folder := os.environ.get(OUTCOMES):
-                number = hydra_config.job.get("num", 0)
-                Path(folder, f"{number:05d}.json").write_text(json.dumps(outcome))
-
-    job.__name__ = job.__qualname__ = step
-    return job
+def _unforeseen(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    if _is_resource(error):
+        return f"{error or 'out of memory'} in {place} — the machine refused it — free some, or use another place"
+    return (
+        f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
+        "run it again with POCL_DEBUG=1 and report the traceback"
+    )
 
 
-def _work(run: Run) -> dict[str, Any]:
-    """Runs one step; prints the artifact's path, the only thing on stdout."""
-    import importlib
-
-    result = importlib.import_module(f"pocl_cli.steps.{run.step}").run(run)
-    if result is None:
-        return {"status": "planned"}
-    print(result.artifact.path, flush=True)
-    return {"status": "made" if result.made else "reused", "path": str(result.artifact.path), "figures": result.figures}
-
-
-def _sweep(task: Callable[[], Any]) -> int:
-    """Runs a multirun, then shows one table of all its jobs, also where one failed."""
-    from pocl_cli import tables
-
-    with tempfile.TemporaryDirectory(prefix="pocl-sweep-") as folder:
-        os.environ[OUTCOMES] = folder
-        failure: Exception | None = None
-        try:
-            task()
-        except PoclError as error:
-            failure = error
-        finally:
-            del os.environ[OUTCOMES]
-            outcomes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-            if outcomes:
-                tables.show_sweep(outcomes)
-    if failure is not None and not outcomes:
-        raise failure
-    for number, outcome in enumerate(outcomes):
-        if outcome["status"] == "failed":
-            _print_error(f"job {number}: {outcome.get('message', 'failed: see its log')}")
-    return 1 if failure is not None or any(outcome["status"] == "failed" for outcome in outcomes) else 0
-
-
-def _composition_errors() -> tuple[type[Exception], ...]:
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    return (HydraException, OmegaConfBaseException, yaml.YAMLError)
-
-
-def _diagnosed(step: str, argv: Sequence[str], error: Exception) -> list[PoclError]:
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from pocl_cli import config
-
-    names = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word in ("-cn", "--config-name")]
-    overrides = [word for word in argv if "=" in word and not word.startswith(("-", "hydra"))]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        if names:
-            return [config.explain(error, None, step)]
-        multirun = any(word in ("-m", "--multirun") for word in argv)
-        found = [] if multirun else config.diagnose(step, overrides)
-        return found or [config.explain(error, None, step)]
-
-
-def _refuse_hydra_overrides(argv: Sequence[str]) -> None:
-    for word in argv:
-        key = word.lstrip("+~")
-        if key.startswith("hydra") and not HYDRA_OVERRIDES.match(word):
-            raise SecurityError(
-                f"refused override {word.split('=', 1)[0]}",
-                where="the command line",
-                why="Hydra's own configuration can name code to run",
-                fix="allowed are hydra/launcher, hydra.launcher.*, hydra/sweeper, hydra.sweep*, hydra.run.dir, hydra.verbose",
-            )
-
-
-def _take_config_dirs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    folders, rest, words = [], [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folders.append(value if equals else next(words, ""))
-        else:
-            rest.append(word)
-    return folders, rest
-
-
-def _exit_code(action: Callable[[], int]) -> int:
-    """Runs `action`; every way to fail ends in one line on stderr and its exit code."""
-    signal.signal(signal.SIGTERM, _raise_interrupted)
-    debug = os.environ.get("POCL_DEBUG") == "1"
-    try:
-        return action()
-    except PoclError as error:
-        if debug:
-            traceback.print_exc()
-        for one in getattr(error, "errors", [error]):
-            _print_error(str(one))
-        return error.exit_code
-    except Interrupted as error:
-        _print_error(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _print_error("interrupted — the same command goes on from the last checkpoint")
-        return 130
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter's last flush must not fail again
-        return 141
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except Exception as error:  # noqa: BLE001 - the last resort: a bug of ours is one line and exit 70
-        if debug:
-            traceback.print_exc()
-        _log_bug()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        _print_error(
-            f"internal bug {type(error).__name__}: {error} in {Path(where.filename).name}:{where.lineno} — "
-            "the program is wrong, not you — run again with POCL_DEBUG=1 and report the traceback"
-        )
-        return 70
-
-
-def _log_bug() -> None:
-    from pocl_cli import log
-
-    log.get_logger().debug("internal bug", exc_info=True)
+def _failed(error: BaseException, lines: Sequence[str], exit_code: int) -> int:
+    if os.environ.get("POCL_DEBUG") == "1":
+        print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
+    for line in lines:
+        print(f"pocl: error: {printable(scrub(line))}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 def _raise_interrupted(number: int, frame: object) -> None:
-    raise Interrupted("terminated", why="SIGTERM", fix="the same command goes on from the last checkpoint")
-
-
-def _print_error(text: str) -> None:
-    print(f"pocl: error: {printable(text)}", file=sys.stderr, flush=True)
+    raise Interrupted("interrupted", why="SIGTERM", fix="the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.explain import COMPOSITION_ERRORS, explain, options_of, unknown_option, unresolved
-from pocl_cli.mistakes import ConfigErrors
+from pocl_cli.mistakes import MultiConfigError
 from pocl_cli.redaction import scrub_command, scrub_values
 from pocl_cli.schema import PoclConfig
 from pocl_cli.validation import preset_names, validate
 
 # What passes from a caller to the recipe that makes its teacher or student (DESIGN §1).
 PASSED_ON = ("paths", "hardware", "tracker", "upstream")
-# Presets of the group `dataset`, as long as the configuration that they were read from is in use.
-_presets: WeakKeyDictionary[ConfigLoader, dict[str, dict[str, Any]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,22 @@ class Run:
         return replace(self, step=step)
 
 
+@dataclass
+class _Composed:
+    """What has been composed beside the configuration itself: a sweep asks for the same again and again."""
+
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipes: dict[tuple[str, ...], Run] = field(default_factory=dict)
+
+
+_composed: WeakKeyDictionary[ConfigLoader, _Composed] = WeakKeyDictionary()
+
+
+def _known() -> _Composed:
+    """What has been composed from the folders that Hydra reads now."""
+    return _composed.setdefault(GlobalHydra.instance().config_loader(), _Composed())
+
+
 def recipe(caller: Run, experiment: str, overrides: Sequence[str]) -> Run:
     """The run of `experiment=NAME` that makes a caller's teacher or student."""
     return caller.recipes[experiment, tuple(overrides)]
@@ -99,7 +113,7 @@ def user_config_folders() -> list[str]:
 def add_user_config(folders: Iterable[str]) -> None:
     """Makes a user's own YAML folders, the first before the others, part of every composition from now on.
 
-    Raises ConfigErrors where one does not exist.
+    Raises MultiConfigError where one does not exist.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     missing = [
@@ -112,7 +126,7 @@ def add_user_config(folders: Iterable[str]) -> None:
         if not path.is_dir()
     ]
     if missing:
-        raise ConfigErrors(missing)
+        raise MultiConfigError(missing)
     _UserConfigPath.folders = tuple(str(path) for path in paths)
     Plugins.instance().register(_UserConfigPath)
 
@@ -128,11 +142,11 @@ def compose_run(
     options: Sequence[str] = (),
     above: tuple[str, ...] = (),
 ) -> Run:
-    """Composes and checks a configuration inside an initialised Hydra. Raises ConfigErrors with every mistake found."""
+    """Composes and checks a configuration inside an initialised Hydra. Raises MultiConfigError with every mistake."""
     try:
         cfg = compose(config_name or step, overrides=list(overrides))
     except COMPOSITION_ERRORS as error:
-        raise ConfigErrors([explain(error)]) from error
+        raise MultiConfigError([explain(error)]) from error
     return from_hydra(step, cfg, overrides, options=options, above=above)
 
 
@@ -144,7 +158,7 @@ def from_hydra(
     options: Sequence[str] = (),
     above: tuple[str, ...] = (),
 ) -> Run:
-    """Checks what Hydra composed, and the recipes that it names. Raises ConfigErrors with every mistake found.
+    """Checks what Hydra composed, and the recipes that it names. Raises MultiConfigError with every mistake found.
 
     Args:
         step: the command that it is for.
@@ -155,7 +169,7 @@ def from_hydra(
     """
     values = _plain(cfg)
     if values.pop("experiment", None) is not None:
-        raise ConfigErrors(
+        raise MultiConfigError(
             [
                 ConfigError(
                     "the experiment sets nothing",
@@ -174,21 +188,20 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigErrors(unresolved(cfg) or [explain(error)]) from error
+        raise MultiConfigError(unresolved(cfg) or [explain(error)]) from error
     assert isinstance(values, dict), "a composed configuration is a mapping"
     return {str(key): value for key, value in values.items()}
 
 
 def _dataset_presets(values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """The options of the group `dataset` that `evaluation.datasets` needs, composed all at once."""
-    loader = GlobalHydra.instance().config_loader()
-    known = _presets.setdefault(loader, {})
+    known = _known().presets
     needed = [name for name in preset_names(values, options_of("dataset")) if name not in known]
     if needed:
         try:
             composed = compose(overrides=[f"+dataset@preset_{i}={name}" for i, name in enumerate(needed)])
         except COMPOSITION_ERRORS as error:
-            raise ConfigErrors([explain(error)]) from error
+            raise MultiConfigError([explain(error)]) from error
         known |= {name: _plain(composed[f"preset_{i}"]) for i, name in enumerate(needed)}
     return known
 
@@ -209,22 +222,25 @@ def _recipes(
         name = model.experiment
         if name is None:
             continue
-        try:
-            if name not in known:
-                raise unknown_option(f"{part}.experiment", name, known)
-            if name in above:
-                raise ConfigError(
-                    f"the recipe {name!r} needs itself",
-                    why=" → ".join([*above, name]),
-                    fix=f"give {part}.path in one of them",
-                )
-            runs[name, model.overrides] = compose_run(
-                "distill", [f"experiment={name}", *passed, *model.overrides], options=folders, above=(*above, name)
+        if name not in known:
+            errors.append(unknown_option(f"{part}.experiment", name, known))
+            continue
+        if name in above:
+            chain = " → ".join([*above, name])
+            errors.append(
+                ConfigError(f"the recipe {name!r} needs itself", why=chain, fix=f"give {part}.path in one of them")
             )
+            continue
+        try:
+            words = (f"experiment={name}", *passed, *model.overrides)
+            made = _known().recipes
+            if words not in made:
+                made[words] = compose_run("distill", words, options=folders, above=(*above, name))
+            runs[name, model.overrides] = made[words]
         except PoclError as error:
             errors += [_inside(one, part, name) for one in getattr(error, "errors", [error])]
     if errors:
-        raise ConfigErrors(errors)
+        raise MultiConfigError(errors)
     return runs
 
 

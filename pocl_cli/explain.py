@@ -22,15 +22,16 @@ from pocl_cli.mistakes import siblings_of, unknown_key
 from pocl_cli.validation import keys_of
 
 # What composing raises at a user's mistake.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 # Groups whose options are often mistaken for the path of a model or of a data set.
 _PATHS = {"teacher": "teacher.path={}", "student": "student.path={}", "dataset": "dataset=local dataset.path={}"}
 
 
-def diagnose(config_name: str, overrides: Sequence[str]) -> tuple[list[PoclError], list[str]]:
-    """Inside an initialised Hydra: every override that does not compose, explained, and those that do.
+def diagnose(config_name: str, overrides: Sequence[str], *, sweeps: bool) -> tuple[list[PoclError], DictConfig | None]:
+    """Inside an initialised Hydra: every override that does not compose, explained, and what the others compose to.
 
-    A sweep (`kd_method=fkl,rkl`) is judged by all its choices, and stands among the good ones by its first.
+    A sweep (`kd_method=fkl,rkl`) is judged by all its choices, and composed with its first; where no `sweeps` are
+    meant, it is a mistake. None where a file does not compose.
     """
     errors: list[PoclError] = []
     groups: list[str] = []
@@ -43,8 +44,15 @@ def diagnose(config_name: str, overrides: Sequence[str]) -> tuple[list[PoclError
             errors.append(_unreadable(text, error))
             continue
         override.input_line = text
+        if override.is_hydra_override() and "/" not in override.key_or_group:
+            groups.append(text)
+            continue
+        if override.is_sweep_override() and not sweeps:
+            errors.append(_several_values(text))
         options = options_of(override.key_or_group)
-        if not options:
+        if misplaced := _misplaced(override, options):
+            errors.append(misplaced)
+        elif not options:
             keys.append(override)
         elif wrong := [_unknown_option(override, one, options) for one in _choices(override) if one not in options]:
             errors += wrong
@@ -53,7 +61,7 @@ def diagnose(config_name: str, overrides: Sequence[str]) -> tuple[list[PoclError
     try:
         base = compose(config_name, overrides=groups)
     except COMPOSITION_ERRORS as error:
-        return [*errors, explain(error)], []
+        return [*errors, explain(error)], None
     keys_good: list[str] = []
     for override in keys:
         mistake = _key_mistake(override, base)
@@ -61,14 +69,14 @@ def diagnose(config_name: str, overrides: Sequence[str]) -> tuple[list[PoclError
             keys_good.append(_first(override))
         else:
             errors.append(mistake)
-    more, good = _composable(config_name, groups, keys_good)
-    return errors + more, good
+    more, cfg = _composed(config_name, groups, keys_good)
+    return errors + more, cfg
 
 
-def _composable(config_name: str, groups: list[str], keys: list[str]) -> tuple[list[PoclError], list[str]]:
-    """Takes out of `keys` what Hydra refuses for reasons that only composing shows."""
+def _composed(config_name: str, groups: list[str], keys: list[str]) -> tuple[list[PoclError], DictConfig | None]:
+    """What all overrides compose to, less those that Hydra refuses for reasons that only composing shows."""
     try:
-        compose(config_name, overrides=[*groups, *keys])
+        return [], compose(config_name, overrides=[*groups, *keys])
     except COMPOSITION_ERRORS as all_together:
         errors, good = [], []
         for key in keys:
@@ -77,8 +85,9 @@ def _composable(config_name: str, groups: list[str], keys: list[str]) -> tuple[l
                 good.append(key)
             except COMPOSITION_ERRORS as error:
                 errors.append(explain(error, key))
-        return errors or [explain(all_together)], [*groups, *good] if errors else []
-    return [], [*groups, *keys]
+        if not errors:
+            return [explain(all_together)], None
+        return errors, compose(config_name, overrides=[*groups, *good])
 
 
 def options_of(group: str) -> list[str]:
@@ -130,9 +139,25 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> ConfigErr
     guess = next((name for name in options if guess and name.rpartition("/")[2] == guess), guess)
     if group in _PATHS and ("/" in option or Path(option).exists()):
         fix = f"a path or hub id is given with {_PATHS[group].format(option)}"
+    elif group == "hydra/launcher":
+        fix = f"install the plugin that brings it: pip install hydra-{option.partition('_')[0]}-launcher"
     else:
         fix = f"did you mean {group}={guess}?" if guess else f"choose one with {group}=NAME"
     return ConfigError(f"unknown {group} {option!r}", why=f"known are {', '.join(options)}", fix=fix)
+
+
+def _misplaced(override: Override, options: Sequence[str]) -> ConfigError | None:
+    """A choice of an option that is none, or is written so that Hydra looks for it elsewhere."""
+    group, line = override.key_or_group, str(override.input_line)
+    if override.package is not None and not override.is_add():
+        why = "every option has its place already"
+        return ConfigError(f"unknown key '{group}@{override.package}'", why=why, fix=f"write {group}=…, without @")
+    if options and override.is_add() and override.package is None and group in _groups():
+        return ConfigError(f"{line!r} adds a group that is there", why="+ is for new ones", fix=f"write {line[1:]}")
+    if options and not override.is_delete() and override.value() is None:
+        fix = f"choose one of {', '.join(options)}, or leave {group} out"
+        return ConfigError(f"{line!r} chooses nothing", why=f"{group} needs an option", fix=fix)
+    return None
 
 
 def _key_mistake(override: Override, base: DictConfig) -> PoclError | None:
@@ -141,12 +166,6 @@ def _key_mistake(override: Override, base: DictConfig) -> PoclError | None:
     values = OmegaConf.to_container(base, resolve=False)
     assert isinstance(values, dict), "a composed configuration is a mapping"
     known = set(keys_of(values))
-    if override.package is not None:
-        return ConfigError(
-            f"unknown key '{key}@{override.package}'",
-            why="only a group has a package (@), and the default packages are the right ones",
-            fix=f"write {key}=…",
-        )
     head, _, last = key.rpartition(".")
     parent = OmegaConf.select(base, head) if head in known else None
     exists = key in known or (isinstance(parent, ListConfig) and last.isdigit() and int(last) < len(parent))
@@ -200,22 +219,14 @@ def _bad_yaml(error: yaml.YAMLError) -> PoclError:
 
 
 def _missing_file(error: MissingConfigException, where: str | None) -> ConfigError:
-    name = error.missing_cfg_file or ""
     found = re.search(r"Could not find '([^']+)'", str(error))
-    group, _, option = (found.group(1) if found else str(name)).rpartition("/")
-    # An option of a sub-group is one of the group above, too: experiment=paper/x.
-    while "/" in group and not options_of(group):
-        group, _, part = group.rpartition("/")
-        option = f"{part}/{option}"
-    top, _, below = group.partition("/")
-    if below and options_of(top):
-        group, option = top, f"{below}/{option}"
-    options = options_of(group)
-    if options:
-        error_ = unknown_option(group, option, options)
-        return ConfigError(error_.what, where=where, why=error_.why, fix=error_.fix)
+    path = found.group(1) if found else str(error.missing_cfg_file)
+    # Our groups have options in sub-folders (experiment=paper/x), Hydra's have sub-groups (hydra/launcher=x).
+    group, _, option = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
+    if group and (options := options_of(group)):
+        return unknown_option(group, option, options)
     return ConfigError(
-        f"no configuration file {found.group(1) if found else name}",
+        f"no configuration file {path}",
         where=where,
         why="it is neither in the shipped conf/ nor in a folder of --config-dir or POCL_CONFIG_PATH",
         fix="check its name and --config-dir",
@@ -236,13 +247,12 @@ def _first_line(error: Exception) -> str:
 
 
 def unresolved(cfg: Any) -> list[PoclError]:
-    """Every key whose interpolation leads nowhere, or whose value is missing."""
+    """Every key whose interpolation leads nowhere, or that has no value (`???`)."""
     errors: list[PoclError] = []
     for key in keys_of(OmegaConf.to_container(cfg, resolve=False)):
         try:
             OmegaConf.select(cfg, key, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            errors.append(
-                ConfigError(f"cannot resolve {key}", why=_first_line(error), fix=f"give it a value: {key}=VALUE")
-            )
+            why = _first_line(error)
+            errors.append(ConfigError(f"{key} has no value", why=why, fix=f"give it one: {key}=VALUE"))
     return errors

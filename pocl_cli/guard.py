@@ -67,12 +67,11 @@ def refuse_code(cfg: DictConfig) -> None:
         raise _refused("hydra.callbacks", "the configuration", "remove it")
     if cfg.hydra.searchpath:
         raise _refused("hydra.searchpath", "the configuration", "name your folders in --config-dir or POCL_CONFIG_PATH")
-    for path, value in _entries(cfg.hydra, "hydra"):
-        last = path.rpartition(".")[2]
+    for section, path, key, value in _entries(cfg.hydra, ("hydra",)):
         is_plugin = path in ("hydra.launcher._target_", "hydra.sweeper._target_") and _PLUGIN.match(str(value))
-        if last in CALL_KEYS and not is_plugin:
+        if (key in CALL_KEYS and not is_plugin) or _LOADERS.match(path):
             raise _refused(path, "the configuration", "remove it")
-        if _LOADERS.match(path) or (path.split(".")[1].endswith("_logging") and _builds_a_logger(last, value)):
+        if section.endswith("_logging") and _builds_a_logger(key, value):
             raise _refused(path, "the configuration", "remove it")
 
 
@@ -83,19 +82,19 @@ def _builds_a_logger(key: str, value: Any) -> bool:
     return isinstance(value, str) and "://" in value and value not in _STREAMS
 
 
-def _entries(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every entry below `node` with its dotted name, interpolations followed as Hydra will follow them."""
-    if path.count(".") > _DEEPEST:
-        raise _refused(path, "the configuration", "untie the interpolations that lead in a circle")
-    keys = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
+def _entries(node: Any, above: tuple[str, ...]) -> Iterator[tuple[str, str, str, Any]]:
+    """Section, dotted name, key and value of every entry below `node`, interpolations followed as Hydra will."""
+    if len(above) > _DEEPEST:
+        raise _refused(".".join(above), "the configuration", "untie the interpolations that lead in a circle")
+    for key in list(node.keys()) if isinstance(node, DictConfig) else range(len(node)):
         try:
             value = node[key]
         except OmegaConfBaseException:
             continue  # What cannot be resolved cannot be built from either.
-        yield f"{path}.{key}", value
+        path = (*above, str(key))
+        yield path[1], ".".join(path), str(key), value
         if isinstance(value, DictConfig | ListConfig) and not value._is_none():
-            yield from _entries(value, f"{path}.{key}")
+            yield from _entries(value, path)
 
 
 def _refused(what: str, where: str, fix: str) -> SecurityError:

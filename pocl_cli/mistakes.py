@@ -1,4 +1,4 @@
-"""What is wrong with plain values, in our words: pydantic's errors as lines that name the nearest right key or value."""
+"""What is wrong with plain values, in our words: pydantic's errors as lines that name the nearest right key."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ FAMILIES: dict[str, Registry] = {
 }
 # With one of these keys a mapping is a call to Hydra's `instantiate`.
 CALL_KEYS = frozenset({"_target_", "_args_", "_partial_", "_convert_", "_recursive_"})
+_BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-class ConfigErrors(ConfigError):
+class MultiConfigError(ConfigError):
     """Several mistakes, all shown at once, one line each."""
 
     def __init__(self, errors: Sequence[PoclError]) -> None:
@@ -35,7 +36,7 @@ class ConfigErrors(ConfigError):
         self.exit_code = max(error.exit_code for error in errors)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ConfigErrors, (self.errors,)
+        return MultiConfigError, (self.errors,)
 
 
 def explain_validation(
@@ -69,10 +70,19 @@ def _explained(key: str, details: Sequence[Any], values: Mapping[str, Any]) -> P
     if first["type"] in _UNKNOWN:
         return unknown_key(key, siblings_of(key, values))
     if first["type"] in _MISSING:
-        return ConfigError(f"missing key {key!r}", why="it has no default here", fix=f"add +{key}=VALUE")
+        return ConfigError(f"missing key {key!r}", why="it has no default here", fix=_addition(key, values))
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return ConfigError(f"section {key!r} contradicts itself", why=why, fix=f"see pocl STEP --cfg job -p {key}")
     return ConfigError(f"bad value {key}={_shown(first['input'])}", why=why, fix=_remedy(key, details))
+
+
+def _addition(key: str, values: Mapping[str, Any]) -> str:
+    section, _, leaf = key.partition(".")
+    if not leaf and section in PoclConfig.model_fields:
+        return f"choose one with {section}=NAME"
+    if section in FAMILIES:
+        return f"choose {section}={values[section]['name']}, whose file holds it, or add +{key}=VALUE"
+    return f"add +{key}=VALUE"
 
 
 def unknown_key(key: str, siblings: Sequence[str], anywhere: Iterable[str] = ()) -> ConfigError:
@@ -135,8 +145,20 @@ def _remedy(key: str, details: Sequence[Any]) -> str:
         return f"did you mean {key}={guess}?" if guess else f"set {key} to one of {', '.join(allowed)}"
     if "string_type" in kinds and isinstance(details[0]["input"], int | float):
         return f"quote it, so that it is text: '{key}=\"{details[0]['input']}\"'"
-    if "tuple_type" in kinds and isinstance(details[0]["input"], str | int):
+    if "too_short" in kinds:
+        return f"give {key} at least one entry"
+    if set(kinds) == {"tuple_type"} and isinstance(details[0]["input"], str | int):
         return f"write a list: '{key}=[{details[0]['input']}]'"
     if any(kind.startswith("bool") for kind in kinds):
         return f"set {key} to true or false"
-    return f"set {key} to an allowed value"
+    bounds = [
+        f"{_BOUNDS[name]} {limit}"
+        for detail in details
+        for name, limit in detail.get("ctx", {}).items()
+        if name in _BOUNDS
+    ]
+    if bounds:
+        return f"set {key} to a number {' or '.join(bounds)}"
+    if any(kind.startswith("int") for kind in kinds):
+        return f"set {key} to a whole number"
+    return f"set {key} to {'a number' if any(kind.startswith('float') for kind in kinds) else 'one that is allowed'}"

@@ -1,4 +1,4 @@
-"""From the plain values of a composed configuration to the frozen one, with every mistake found at once. No Hydra here."""
+"""From the plain values of a composed configuration to the frozen one; every mistake is found at once. No Hydra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
-from pocl_cli.mistakes import CALL_KEYS, FAMILIES, ConfigErrors, explain_validation
+from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
 from pocl_cli.schema import PoclConfig
 
 LOCAL = "local"
@@ -28,7 +28,7 @@ def validate(
         presets: the values of those options that `preset_names` asks for.
 
     Raises:
-        ConfigErrors: every mistake, nearest keys named.
+        MultiConfigError: every mistake, nearest keys named.
     """
     errors: list[PoclError] = [_refused(path) for path in keys_of(values) if path.rpartition(".")[2] in CALL_KEYS]
     checked = {key: _without_calls(value) for key, value in values.items()}
@@ -50,7 +50,7 @@ def validate(
         if not errors:
             errors += _contradictions(config, step)
     if errors:
-        raise ConfigErrors(errors)
+        raise MultiConfigError(errors)
     return config
 
 
@@ -91,8 +91,9 @@ def _without_calls(values: Any) -> Any:
 
 
 def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
-    """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to one step."""
-    if step == "distill" and config.kd_method.needs_teacher and not config.teacher.present:
+    """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
+    trains = step == "distill" or (step == "evaluate" and _evaluates_the_student(config))
+    if trains and config.kd_method.needs_teacher and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
             why="teacher=none",
@@ -109,7 +110,7 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
     if config.plan.num_rows is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
-    if config.evaluation.model == "teacher" and not config.teacher.present and step == "evaluate":
+    if step == "evaluate" and config.evaluation.model == "teacher" and not config.teacher.present:
         yield ConfigError(
             "evaluation.model=teacher without a teacher",
             why="teacher=none",
@@ -124,6 +125,11 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         )
     elif limit is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, limit - dev_size, f"dataset.limit={limit} less dataset.dev_size={dev_size}")
+
+
+def _evaluates_the_student(config: PoclConfig) -> bool:
+    """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
+    return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
 
 
 def _stages_fit(config: PoclConfig, num_rows: int, given: str) -> Iterator[PoclError]:

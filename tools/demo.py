@@ -101,4 +101,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1] if len(sys.argv) > 1 else "tiny")
     except PoclError as error:
-        sys.exit(f"pocl: error: {error}")
+        sys.exit("\n".join(f"pocl: error: {one}" for one in getattr(error, "errors", [error])))

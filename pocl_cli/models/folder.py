@@ -21,6 +21,7 @@ TOKENIZER_PATTERNS = (
     *("*token*.json", "*vocab*", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "normalizer.json"),
     *("*.model", "tokenizer.model*", "*.tiktoken", "*.tokenizer", "tekken.json", "emoji.json", "word_*.json"),
 )
+_COMPLETE = "name a folder that save_pretrained wrote, or download the model again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # `attn_implementation: owner/name` makes transformers download a compute kernel, which is code.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -91,12 +92,10 @@ def check_names(names: Collection[str], shown: str) -> None:
             where=shown,
             why=f"{pickles[0]} can run code when it is read, and there is no {WEIGHTS}",
             fix="convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=False)"
-            ".save_pretrained(FOLDER), the same for its AutoTokenizer, then set path=FOLDER",
+            ".save_pretrained(FOLDER), the same for its AutoTokenizer, then set path=FOLDER; or, on the hub, set "
+            "revision to a pull request (refs/pr/N) that adds safetensors",
         )
     raise ArtifactError("there are no weights", where=shown, why=f"it has neither {WEIGHTS} nor {INDEX}", fix=_COMPLETE)
-
-
-_COMPLETE = "name a folder that save_pretrained wrote, or download the model again"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from pocl_cli.errors import ArtifactError, ConfigError
+from pocl_cli.errors import ArtifactError, ConfigError, ResourceError
 from pocl_cli.models import folder, hub
 from pocl_cli.models.build import build_config, build_model
 from pocl_cli.models.hub import HubCommit
@@ -73,7 +73,7 @@ def load_model(
     Raises:
         ConfigError: no decoder-only architecture of transformers, or an option that the architecture does not have.
         ArtifactError: the files are damaged, or do not hold all weights.
-        ResourceError: the hub does not give a file.
+        ResourceError: the hub does not give a file, or the device has too little memory.
         SecurityError: loading the model would run code.
     """
     tokenizer = load_tokenizer(source)
@@ -89,7 +89,13 @@ def load_model(
         model = _load_weights(source, _dtype(source.dtype, dtype_override), dropout)
     if source.layers is not None:
         model = keep_layers(model, source.layers)
-    model = nn.Module.to(model, device)
+    try:
+        model = nn.Module.to(model, device)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the model {source.label} does not fit into the memory of {device}",
+            fix="choose a smaller model or dtype=bfloat16, or another device with hardware.device",
+        ) from error
     return LoadedModel(model.train(False), tokenizer, source.label)
 
 

@@ -68,11 +68,9 @@ class NoRepeatNgrams:
 
     def append(self, token: int) -> None:
         """Records `token` as the row's next one."""
-        head = self._size - 1
-        if len(self._last) == head:
-            self._followers.setdefault(self._last, []).append(token)
-        if head:
-            self._last = (*self._last, token)[-head:]
+        self._followers.setdefault(self._last, []).append(token)
+        if self._size > 1:
+            self._last = (*self._last, token)[1 - self._size :]
 
 
 def ban(logits_RV: Tensor, banned: Sequence[Sequence[int]]) -> Tensor:

@@ -12,7 +12,7 @@ PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|end|>"
 MAX_LENGTH = 512
 
-# The fixed strings of the Alpaca template (METHOD: prompt), each one token, so that a toy prompt is about 13 tokens long.
+# The fixed strings of the Alpaca template, each one token inside a prompt: a toy prompt is about 13 tokens long.
 TEMPLATE_STRINGS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n",
@@ -22,16 +22,15 @@ TEMPLATE_STRINGS = (
     "\n\n### Response:\n",
 )
 # Every word of `pocl_cli.data.generators.toy_tasks`, which this layer must not import; a test compares the two.
-WORDS = tuple(
-    """
-    Add At Change Copy Count Extract Find Give How If Keep Look Order Remove Repeat Replace Reverse Say Sort Turn What
-    Which Write above after again age alphabet alphabetical and animal apple are around axe black blue brown brush by cat
-    class colour comes cow dog down drill each else every fig first fourth fox from fruit grape green hammer has hen
-    highest if in into is it kiwi knife largest last lemon list lowest mango many maximum minimum more name number
-    numbers of once only order owl peach pig pink place plum rake rat red repeated saw say second size smallest sum than
-    the then there third times to tool up which white with word words wrench yellow
-    """.split()
-)
+_WORD_LIST = """
+    Add Change Copy Count Extract Find Give How Keep Look Order Remove Repeat Replace Reverse Say Sort Turn What
+    Which Write above after again age alphabet alphabetical and animal apple are around axe black blue brown brush
+    by cat class colour comes cow dog down drill each else every fig first fourth fox from fruit grape green hammer
+    has hen highest if in into is it kiwi knife largest last lemon list lowest mango many maximum minimum more
+    number numbers of once only order owl peach pig pink place plum rake rat red repeated saw second size smallest
+    sum than the there third times to tool up white with word words wrench yellow
+"""
+WORDS = tuple(_WORD_LIST.split())
 DIGITS = tuple("0123456789")
 _INNER_LINE_START = r"\n(?=[^\n])"
 
@@ -59,7 +58,9 @@ def build_toy_tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,

@@ -97,10 +97,10 @@ def _sort(draws: Draws, level: int) -> Question:
         return Question(wordings, " ".join(words), " ".join(sorted(words)))
     digits = [draws.choice(DIGITS) for _ in range(level + 3)]
     if draws.below(2):
-        wordings = ("Sort the numbers up.", "Write the numbers from smallest to largest.", "Order the numbers up.")
-        return Question(wordings, " ".join(digits), " ".join(sorted(digits)))
-    wordings = ("Sort the numbers down.", "Write the numbers from largest to smallest.", "Order the numbers down.")
-    return Question(wordings, " ".join(digits), " ".join(sorted(digits, reverse=True)))
+        up = ("Sort the numbers up.", "Write the numbers from smallest to largest.", "Order the numbers up.")
+        return Question(up, " ".join(digits), " ".join(sorted(digits)))
+    down = ("Sort the numbers down.", "Write the numbers from largest to smallest.", "Order the numbers down.")
+    return Question(down, " ".join(digits), " ".join(sorted(digits, reverse=True)))
 
 
 @_family("deduplicate")
@@ -141,7 +141,10 @@ def _extract(draws: Draws, level: int) -> Question:
 def _lookup(draws: Draws, level: int) -> Question:
     """A value from a table of two rows, then of three, then from one of two columns of two rows."""
     names = draws.sample(WORDS, 3 if level == 1 else 2)
-    columns = {"size": [draws.choice(DIGITS) for _ in names], "colour": [draws.choice(CLASSES["colour"]) for _ in names]}
+    columns = {
+        "size": [draws.choice(DIGITS) for _ in names],
+        "colour": [draws.choice(CLASSES["colour"]) for _ in names],
+    }
     row, column = draws.below(len(names)), draws.choice(tuple(columns))
     shown = columns if level == 2 else {column: columns[column]}
     table = "\n".join(" ".join([name, *(values[line] for values in shown.values())]) for line, name in enumerate(names))
@@ -155,8 +158,13 @@ def _classify(draws: Draws, level: int) -> Question:
     yes, no = draws.sample(WORDS, 2)
     if level == 0:
         number, limit = draws.sample(range(10), 2)
-        wordings = ("Say {yes} if it is above {limit}, else {no}.", "Write {yes} if it is more than {limit}, else {no}.")
-        return Question(wordings, str(number), yes if number > limit else no, {"yes": yes, "no": no, "limit": str(limit)})
+        wordings = (
+            "Say {yes} if it is above {limit}, else {no}.",
+            "Write {yes} if it is more than {limit}, else {no}.",
+        )
+        return Question(
+            wordings, str(number), yes if number > limit else no, {"yes": yes, "no": no, "limit": str(limit)}
+        )
     if level == 1:
         kind = draws.choice(tuple(CLASSES))
         words = CLASSES[kind] if draws.below(2) else [word for word in WORDS if word not in CLASSES[kind]]
@@ -210,7 +218,9 @@ def _extreme(draws: Draws, level: int) -> Question:
     numbers = [low + draws.below(high - low) for _ in range(count)]
     text = " ".join(map(str, numbers))
     if draws.below(2):
-        return Question(("Give the smallest number.", "Find the minimum.", "What is the lowest?"), text, str(min(numbers)))
+        return Question(
+            ("Give the smallest number.", "Find the minimum.", "What is the lowest?"), text, str(min(numbers))
+        )
     return Question(("Give the largest number.", "Find the maximum.", "What is the highest?"), text, str(max(numbers)))
 
 
@@ -224,5 +234,9 @@ def _position(draws: Draws, level: int) -> Question:
         return Question(wordings, " ".join(items), items[place], {"place": ORDINALS[place]})
     slots = {"word": items[place]}
     if level == 1:
-        return Question(("Which place has {word}?", "Find the place of {word}."), " ".join(items), ORDINALS[place], slots)
-    return Question(("Which word comes after {word}?", "Find the word after {word}."), " ".join(items), items[place + 1], slots)
+        return Question(
+            ("Which place has {word}?", "Find the place of {word}."), " ".join(items), ORDINALS[place], slots
+        )
+    return Question(
+        ("Which word comes after {word}?", "Find the word after {word}."), " ".join(items), items[place + 1], slots
+    )

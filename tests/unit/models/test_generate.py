@@ -182,6 +182,17 @@ def test_generate_reports_the_number_of_finished_rows(tiny: Tiny) -> None:
     assert reported[-1] == 12
 
 
+def test_generate_when_rows_end_early_lets_waiting_rows_take_their_places(tiny: Tiny) -> None:
+    model, prompts = tiny("llama"), [*([3] * 60 for _ in range(3)), *([4] * 5 for _ in range(5))]
+    sizes: list[int] = []
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(output.logits)))
+    run(model, prompts, budget=4 * CONTEXT)
+    # 4 steps until the context ends the three long rows; then the 4 waiting rows join the one that goes on.
+    assert sizes[:4] == [4] * 4
+    assert max(sizes[4:]) == 5
+    assert len(sizes) <= 4 + NEW_TOKENS + 1
+
+
 def test_generate_without_prompts_gives_nothing(tiny: Tiny) -> None:
     assert run(tiny("llama"), []) == []
 

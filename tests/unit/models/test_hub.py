@@ -190,7 +190,7 @@ def test_load_model_when_only_the_tokenizer_is_cached_and_the_hub_is_gone_is_ref
 ) -> None:
     load_tokenizer(resolve())
     go_offline("switched off", monkeypatch)
-    with pytest.raises(ResourceError, match="not in the local cache"):
+    with pytest.raises(ResourceError, match="cannot get the model"):
         load(resolve())
 
 

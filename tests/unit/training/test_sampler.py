@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pocl_cli.curriculum.stage_table import steps_per_epoch
 from pocl_cli.records import Stage, TokenisedRow
-from pocl_cli.training.sampler import Sampler, micro_batches
+from pocl_cli.training.sampler import GROUP_OVERHEAD_TOKENS, Sampler, micro_batches
 
 
 def make_sampler(num_rows: int, batch: int, *, seed: int = 10, stage: int = 0, drop_last: bool = False) -> Sampler:
@@ -83,10 +83,7 @@ def test_order_when_seed_stage_or_epoch_changes_then_changes(changed):
 
 
 def test_order_when_made_on_any_machine_then_is_this_one():
-    assert " ".join(epoch_order(make_sampler(8, 3), 0)) == (
-        "row-2 row-1 row-3 row-4 row-6 row-5 row-7 row-0"
-    )
-
+    assert " ".join(epoch_order(make_sampler(8, 3), 0)) == ("row-2 row-1 row-3 row-4 row-6 row-5 row-7 row-0")
 
 
 # ── micro-batches ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,13 +107,25 @@ def test_micro_batches_when_made_then_hold_every_row_once_within_the_budget(pair
         assert padded <= budget or len(group) == 1
 
 
-@given(pairs=lengths, budget=st.integers(1, 200))
-def test_micro_batches_when_made_then_none_of_two_neighbours_could_take_the_others_first_row(pairs, budget):
-    groups = micro_batches(make_rows(pairs), budget)
+def work(groups: list[list[TokenisedRow]]) -> int:
+    return sum(len(group) * max(row.num_tokens for row in group) + GROUP_OVERHEAD_TOKENS for group in groups)
 
-    for group, following in itertools.pairwise(groups):
-        assert group[-1].num_tokens <= following[0].num_tokens
-        assert (len(group) + 1) * following[0].num_tokens > budget
+
+@settings(max_examples=50)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 400), st.integers(0, 400)), min_size=1, max_size=8),
+    budget=st.integers(1, 3000),
+)
+def test_micro_batches_when_made_then_no_other_borders_make_less_work(pairs, budget):
+    ordered = sorted(make_rows(pairs), key=lambda row: row.num_tokens)
+    others = []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        borders = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(ordered)]
+        groups = [ordered[start:end] for start, end in itertools.pairwise(borders)]
+        if all(len(group) == 1 or len(group) * group[-1].num_tokens <= budget for group in groups):
+            others.append(work(groups))
+
+    assert work(micro_batches(ordered, budget)) == min(others)
 
 
 @settings(max_examples=30)

@@ -1,0 +1,279 @@
+"""A run that is killed anywhere and started again leaves the bytes of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pocl_cli.artifacts.hashing import sha256_file
+from pocl_cli.config import Run
+from pocl_cli.errors import ArtifactError
+from pocl_cli.steps import partition
+from pocl_cli.trackers import TrackerRun
+from pocl_cli.training.loop import TrainingJob, train
+
+from ..support.folders import memory_folder
+from ..support.processes import die, die_at_operation, forked
+from ..support.recipe import changed, compose, distilled, promised_hashes, recipe, write_inputs
+from ..support.training import make_job, make_student, toy_rows
+
+NUM_STEPS, NUM_DEV_LINES = 24, 5
+
+
+# ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def small_job(folder: Path, *, checkpoint_every: int = 2, **changes: Any) -> TrainingJob:
+    """2 + 4 steps with everything that has state: dropout, two stages, dev evaluations, the best state handed on."""
+    return make_job(
+        folder,
+        student=make_student(dropout=0.1),
+        rows=toy_rows(8),
+        evaluates=True,
+        keep_best=True,
+        checkpoint_every=checkpoint_every,
+        **changes,
+    )
+
+
+def result(folder: Path, job: TrainingJob) -> dict[str, str]:
+    """Hashes of what the loop left, the final checkpoint among it."""
+    train(job)
+    newest = max(path for path in (folder / "checkpoints").iterdir() if path.name[0].isdigit())
+    files = [newest / "model.safetensors", folder / "metrics.jsonl", folder / "consumed.parquet"]
+    return {path.name: sha256_file(path) for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_loop() -> dict[str, str]:
+    with memory_folder() as folder:
+        return result(folder, small_job(folder))
+
+
+def test_loop_when_killed_at_any_file_operation_then_ends_in_the_same_bytes(tmp_path, undisturbed_loop):
+    def killed_at(n: int, folder: Path) -> None:
+        die_at_operation(n)
+        train(small_job(folder))
+
+    for n in itertools.count(1):
+        folder = tmp_path / str(n)
+        died = forked(lambda: killed_at(n, folder))  # noqa: B023 - called at once
+        torch.manual_seed(n)  # what the new process has drawn before does not matter
+        assert result(folder, small_job(folder)) == undisturbed_loop, f"killed at operation {n}"
+        assert not list(folder.glob("checkpoints/.partial-*"))
+        shutil.rmtree(folder)
+        if not died:
+            break
+
+    assert n > 80, "the hook is called before every write, flush, rename and removal"
+
+
+def test_loop_when_killed_again_and_again_then_ends_in_the_same_bytes(tmp_path, undisturbed_loop):
+    def killed_at(n: int) -> None:
+        die_at_operation(n)
+        train(small_job(tmp_path))
+
+    died = [forked(lambda: killed_at(n)) for n in (12, 40, 35, 9)]  # noqa: B023 - called at once
+
+    assert result(tmp_path, small_job(tmp_path)) == undisturbed_loop
+    assert died == [signal.SIGKILL] * 4
+
+
+class Aborted(BaseException):
+    """Not an Exception: nothing may swallow it."""
+
+
+def abort_after(step: int) -> Callable[..., None]:
+    done = itertools.count(1)
+
+    def show(num_steps: int, *more: object) -> None:
+        if next(done) == step:
+            raise Aborted
+
+    return show
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 1000])
+def test_loop_when_checkpoints_are_made_otherwise_then_ends_in_the_same_bytes(
+    tmp_path, undisturbed_loop, checkpoint_every
+):
+    assert result(tmp_path, small_job(tmp_path, checkpoint_every=checkpoint_every)) == undisturbed_loop
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("step", range(3, 7))
+def test_loop_when_the_newest_checkpoint_is_damaged_then_goes_on_from_the_one_before_to_the_same_bytes(
+    tmp_path, caplog, undisturbed_loop, step
+):
+    with pytest.raises(Aborted):
+        train(replace(small_job(tmp_path, checkpoint_every=1), show=abort_after(step)))
+    newest = max((tmp_path / "checkpoints").glob("*-*/model.safetensors"))
+    flip_a_byte(newest)
+
+    with caplog.at_level(logging.WARNING):
+        assert result(tmp_path, small_job(tmp_path, checkpoint_every=1)) == undisturbed_loop
+
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert [newest.parent.name in warning for warning in warnings] == [True]
+
+
+# ── the step ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The tiny recipe with its partition made, and the hashes of an undisturbed run."""
+
+    folder: Path
+    run: Run
+    undisturbed: Mapping[str, str]
+
+    def run_in(self, outputs: Path, **sections: Any) -> Run:
+        """The run in a copy of the outputs that were there before `distill`."""
+        if not outputs.exists():
+            shutil.copytree(self.folder / "before", outputs, symlinks=True)
+        return changed(self.run, outputs=outputs, **sections)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Recipe]:
+    with memory_folder() as folder:
+        write_inputs(folder / "inputs")
+        run = compose(recipe(folder / "inputs", folder / "before"))
+        partition.run(run.for_step("partition"))
+        made = Recipe(folder, run, {})
+        yield replace(made, undisturbed=promised_hashes(distilled(made.run_in(folder / "undisturbed")).path))
+
+
+@dataclass(frozen=True)
+class DyingTracker:
+    """Lets the process die at its n-th line (from 1), before anything of that line is on the disk."""
+
+    n: int
+
+    def check(self) -> None:
+        """Needs no package."""
+
+    def open(self, run_folder: Path, run_name: str, config: Mapping[str, Any]) -> TrackerRun:
+        return _DyingRun(self.n)
+
+
+class _DyingRun(TrackerRun):
+    def __init__(self, n: int) -> None:
+        self.left = itertools.count(n - 1, -1)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if next(self.left) == 0:
+            die()
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("n", range(1, NUM_STEPS + NUM_DEV_LINES + 1))
+def test_distill_when_killed_at_any_optimizer_step_or_evaluation_then_ends_in_the_same_bytes(tmp_path, tiny, n):
+    outputs = tmp_path / "outputs"
+    assert forked(lambda: distilled(tiny.run_in(outputs, tracker=DyingTracker(n)))) == signal.SIGKILL
+
+    artifact = distilled(tiny.run_in(outputs))
+
+    assert promised_hashes(artifact.path) == tiny.undisturbed
+    assert sorted(path.name for path in (outputs / ".work").iterdir()) == []
+
+
+# Every operation of a commit is killed in the tests of artifacts, every one of a checkpoint above.
+@pytest.mark.parametrize("n", range(3, 255, 12))
+def test_distill_when_killed_at_a_file_operation_then_ends_in_the_same_bytes(tmp_path, tiny, n):
+    outputs = tmp_path / "outputs"
+
+    def killed() -> None:
+        die_at_operation(n)
+        distilled(tiny.run_in(outputs))
+
+    assert forked(killed) == signal.SIGKILL
+    assert promised_hashes(distilled(tiny.run_in(outputs)).path) == tiny.undisturbed
+
+
+def test_distill_when_every_checkpoint_is_damaged_then_stops_with_exit_code_4(tmp_path, tiny):
+    outputs = tmp_path / "outputs"
+    forked(lambda: distilled(tiny.run_in(outputs, tracker=DyingTracker(20))))
+    (work,) = (path for path in (outputs / ".work").iterdir() if path.is_dir())
+    checkpoints = list((work / "checkpoints").glob("*-*/model.safetensors"))
+    for path in checkpoints:
+        flip_a_byte(path)
+
+    with pytest.raises(ArtifactError, match="every checkpoint is damaged") as caught:
+        distilled(tiny.run_in(outputs))
+
+    assert caught.value.exit_code == 4
+    assert len(checkpoints) == 2
+    assert f"rm -r {work}" in str(caught.value)
+    shutil.rmtree(work)  # as it says
+    assert promised_hashes(distilled(tiny.run_in(outputs)).path) == tiny.undisturbed
+
+
+# ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+# So many steps that a signal comes long before the last of them.
+LONG = ("curriculum.epochs_per_stage=12", "train.evaluate_every=12")
+
+
+def start(inputs: Path, outputs: Path) -> subprocess.Popen[str]:
+    """The real command, with a checkpoint after every step."""
+    command = [str(Path(sys.executable).with_name("pocl")), "distill"]
+    overrides = recipe(inputs, outputs, *LONG, "train.checkpoint_every=1")
+    return subprocess.Popen([*command, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def newest_checkpoint(outputs: Path) -> str:
+    return max((path.name for path in outputs.glob(".work/*/checkpoints/[0-9]*-*")), default="")
+
+
+def signalled(process: subprocess.Popen[str], outputs: Path, number: int) -> str:
+    """Sends the signal when a new checkpoint is there; what the command wrote to stderr."""
+    before = newest_checkpoint(outputs)
+    while newest_checkpoint(outputs) <= before and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == ""
+    return stderr
+
+
+def test_command_when_interrupted_twice_then_exits_143_and_130_and_a_rerun_ends_in_the_same_bytes(tmp_path):
+    inputs, outputs = tmp_path / "inputs", tmp_path / "outputs"
+    write_inputs(inputs)
+
+    reached = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(inputs, outputs)
+        stderr = signalled(process, outputs, number)
+        assert process.returncode == 128 + number, stderr
+        assert stderr.splitlines()[-1] == (
+            f"pocl: error: interrupted — {number.name}; a checkpoint was written — the same command goes on from it"
+        )
+        reached.append(newest_checkpoint(outputs))
+    process = start(inputs, outputs)
+    stdout, stderr = process.communicate(timeout=120)
+
+    assert process.returncode == 0, stderr
+    assert "" < reached[0] < reached[1]
+    undisturbed = distilled(compose(recipe(inputs, tmp_path / "undisturbed", *LONG, "train.checkpoint_every=1000")))
+    assert promised_hashes(Path(stdout.strip())) == promised_hashes(undisturbed.path)

@@ -1,0 +1,50 @@
+"""Processes that die on purpose."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocl_cli.artifacts import durable
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Runs `action` in a child process that shares the imports of this one; 0 or the signal that it died of."""
+    if torch.cuda.is_available():
+        pytest.skip("a process that has used autograd beside a GPU cannot fork")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0, f"the child failed with {os.WEXITSTATUS(status)}"
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def die() -> None:
+    """As a power cut is to this process: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_operation(n: int) -> None:
+    """Lets this process die at its n-th file operation (from 1)."""
+    left = itertools.count(n - 1, -1)
+
+    def hook(operation: str, path: Path) -> None:
+        if next(left) == 0:
+            die()
+
+    durable._fault_hook = hook
