@@ -119,10 +119,7 @@ def _resolve_path(config: ModelConfig, path: str, store: Store, hashes: HashCach
         return ModelSource(
             place.rpartition("/")[2], {**identity, "dtype": config.dtype}, identity, config.dtype, commit, commit
         )
-    if config.revision is not None:
-        raise ConfigError(
-            f"revision {config.revision!r} goes with a hub id", why=f"{path!r} is local", fix="set revision to null"
-        )
+    _refuse_revision(config.revision, path)
     folder.check_model_folder(place.path)
     tokenizer_identity = _hashes(folder.tokenizer_files(place.path), hashes)
     identity = {"student": place.artifact} if place.artifact else _hashes(folder.model_files(place.path), hashes)
@@ -169,6 +166,7 @@ def _resolve_tokenizer(
     name: str, revision: str | None, hashes: HashCache
 ) -> tuple[Path | HubCommit | None, dict[str, Any]]:
     if name == TOY:
+        _refuse_revision(revision, name)
         from pocl_cli.models.toy_tokenizer import build_toy_tokenizer
 
         serialised = build_toy_tokenizer().backend_tokenizer.to_str()
@@ -179,8 +177,16 @@ def _resolve_tokenizer(
 
         commit = hub.resolve_commit(place, revision, needs_weights=False)
         return commit, {"hub": place, "commit": commit.commit}
+    _refuse_revision(revision, name)
     folder.check_tokenizer_folder(place.path)
     return place.path, _hashes(folder.tokenizer_files(place.path), hashes)
+
+
+def _refuse_revision(revision: str | None, path: str) -> None:
+    if revision is not None:
+        raise ConfigError(
+            f"revision {revision!r} goes with a hub id", why=f"{path!r} is local", fix="set revision to null"
+        )
 
 
 def _hashes(files: Sequence[Path], hashes: HashCache) -> dict[str, Any]:

@@ -155,6 +155,9 @@ def test_resolve_of_a_folder_with_pickles_only_is_refused_before_torch_is_import
 def test_resolve_with_a_revision_of_a_local_folder_is_refused(store: Store, model_folder: Path) -> None:
     with pytest.raises(ConfigError, match="revision 'v1' goes with a hub id"):
         teacher(store, model_folder, revision="v1")
+    for tokenizer in ("toy", str(model_folder)):
+        with pytest.raises(ConfigError, match="revision 'v1' goes with a hub id"):
+            student(store, architecture=ARCHITECTURE, tokenizer=tokenizer, revision="v1")
 
 
 def test_resolve_student_with_layers_is_another_model_with_a_name_of_its_own(store: Store, model_folder: Path) -> None:
