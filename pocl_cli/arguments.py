@@ -61,9 +61,7 @@ def read(step: str, words: Sequence[str]) -> Arguments:
             fix="give the overrides again: a manifest and the run's log hold them",
         )
     parser = _parser(step)
-    # `plan` is a section; its switch has the shorter name.
-    words = [re.sub(r"^plan=", "plan.enabled=", word) for word in words]
-    found, unknown = parser.parse_known_intermixed_args(words)
+    found, unknown = parser.parse_known_intermixed_args([_written_out(word) for word in words])
     if unknown:
         raise _unknown_flag(unknown[0], step, parser)
     switches = [flag for flag in (*dict(_SWITCHES).values(), *_LONG_SWITCHES) if getattr(found, _attribute(flag))]
@@ -77,6 +75,34 @@ def read(step: str, words: Sequence[str]) -> Arguments:
         multirun=found.multirun,
         completes=found.shell_completion,
     )
+
+
+def _written_out(word: str) -> str:
+    """An override as Hydra reads it, where we allow a shorter one.
+
+    `plan` is a section, and its switch has the shorter name. In `teacher.overrides=[train.lr=1]`, Hydra wants quotes
+    around entries with '='.
+    """
+    if word.startswith("plan="):
+        return f"plan.enabled={word.removeprefix('plan=')}"
+    if found := re.fullmatch(r"(\+{0,2}(?:teacher|student)\.overrides=)\[(.*)\]", word, re.DOTALL):
+        entries = [f'"{one}"' if "=" in one and one[0] not in "\"'" else one for one in _entries(found[2])]
+        return f"{found[1]}[{','.join(entries)}]"
+    return word
+
+
+def _entries(text: str) -> list[str]:
+    """What the commas outside brackets and quotes part."""
+    entries, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter in "\"'" and quote in ("", letter):
+            quote = "" if quote else letter
+        depth += (letter in "[{(") - (letter in ")}]") if not quote else 0
+        if letter == "," and not depth and not quote:
+            entries.append("")
+        else:
+            entries[-1] += letter
+    return entries
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 
 PIPED_WIDTH = 80
+_UNBOUNDED = 10_000
 _HEADINGS = {
     "num_rows": "rows",
     "num_tokens": "tokens",
@@ -50,6 +51,7 @@ def sweep_table(rows: Sequence[Row], title: str = "Sweep") -> None:
 def results_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Draws any table: `rows` hold as many values as there are `columns`."""
     from rich import box
+    from rich.measure import Measurement
     from rich.table import Table
 
     assert all(len(row) == len(columns) for row in rows), f"rows of other lengths than the {len(columns)} columns"
@@ -61,14 +63,13 @@ def results_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[ob
         # Folding loses nothing, an ellipsis would; a number or a word of a heading stays in one piece where it can.
         width = max((len(word) for word in words), default=1)
         table.add_column(_text(column), justify="right" if numeric else "left", overflow="fold", min_width=width)
-    if sum((column.min_width or 0) + 2 for column in table.columns) > _width():
-        for each in table.columns:
-            each.min_width = None
     for row in rows:
         table.add_row(*(_text(_shown(value)) for value in row))
     console = get_console()
     console.print(_text(title, style="bold"), width=_width())
-    console.print(table, width=_width())
+    # Too wide a table loses no digit: its lines run over.
+    needed = Measurement.get(console, console.options.update(max_width=_UNBOUNDED), table).minimum
+    console.print(table, width=max(_width(), needed), crop=False, soft_wrap=needed > _width())
 
 
 def summary_panel(title: str, values: Row) -> None:

@@ -63,3 +63,18 @@ def test_read_when_a_flags_value_is_wrong_then_it_is_a_usage_error(words: list[s
 def test_read_when_a_pickle_is_to_be_read_then_it_is_refused(words: list[str]) -> None:
     with pytest.raises(SecurityError, match="refused --experimental-rerun"):
         read("distill", words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "read_as"),
+    [
+        ("teacher.overrides=[train.lr=5e-5]", 'teacher.overrides=["train.lr=5e-5"]'),
+        ("student.overrides=[a=1,b=[2,3],c]", 'student.overrides=["a=1","b=[2,3]",c]'),
+        ("teacher.overrides=['a=1,2',b={x: 1}]", "teacher.overrides=['a=1,2',\"b={x: 1}\"]"),
+        ('teacher.overrides=["a=1"]', 'teacher.overrides=["a=1"]'),
+        ("teacher.overrides=[]", "teacher.overrides=[]"),
+        ("train.lr=[a=1]", "train.lr=[a=1]"),
+    ],
+)
+def test_read_when_overrides_stand_in_a_list_then_hydra_gets_them_quoted(typed: str, read_as: str) -> None:
+    assert read("distill", [typed]).overrides == (read_as,)

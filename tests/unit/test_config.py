@@ -163,7 +163,7 @@ def test_recipe_when_a_caller_has_overrides_then_only_shared_sections_and_its_ow
             "hardware.num_threads=3",
             "upstream=auto",
             "paths.outputs=elsewhere",
-            "teacher.overrides=[train.lr=0.25]",
+            'teacher.overrides=["train.lr=0.25"]',
         ],
         options=["--config-dir=x", "--config-name=y"],
     )
@@ -177,14 +177,15 @@ def test_recipe_when_a_caller_has_overrides_then_only_shared_sections_and_its_ow
 
 
 def test_recipe_when_its_name_is_wrong_then_the_nearest_is_named_before_anything_runs(shipped: None) -> None:
-    lines = mistakes("teacher.path=null", "teacher.experiment=demo_techer", "student.overrides=[a=1]")
+    lines = mistakes("teacher.path=null", "teacher.experiment=demo_techer", 'student.overrides=["a=1"]')
     assert "contradicts itself" in lines[0]
     (line,) = mistakes("teacher.path=null", "teacher.experiment=demo_techer")
     assert "did you mean teacher.experiment=demo_teacher?" in line
 
 
 def test_recipe_when_it_does_not_hold_then_the_error_says_whose_it_is(shipped: None) -> None:
-    lines = mistakes("experiment=demo", "teacher.overrides=[train.lr=-1,train.seed=x]", "student.overrides=[a.b=1]")
+    wrong = ['teacher.overrides=["train.lr=-1","train.seed=x"]', 'student.overrides=["a.b=1"]']
+    lines = mistakes("experiment=demo", *wrong)
     assert [line.partition(" — ")[0] for line in lines] == [
         "bad value train.seed='x' in teacher.experiment=demo_teacher",
         "bad value train.lr=-1 in teacher.experiment=demo_teacher",

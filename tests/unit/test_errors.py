@@ -48,7 +48,8 @@ def test_interrupted_when_raised_then_no_handler_of_exceptions_swallows_it() -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("dsitll", "distill"), ("scores", "score"), ("distill", "distill"), ("xyz", None), ("", None)]
+    ("name", "expected"),
+    [("dsitll", "distill"), ("scores", "score"), ("distill", "distill"), ("xyz", None), ("", None)],
 )
 def test_nearest_when_a_name_is_like_another_then_it_is_found(name: str, expected: str | None) -> None:
     assert nearest(name, ["score", "partition", "distill"]) == expected

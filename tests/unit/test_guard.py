@@ -108,7 +108,9 @@ def test_file_when_a_job_of_a_sweep_composes_it_then_it_is_refused_too(tmp_path:
 
 
 def test_file_when_it_sets_harmless_keys_of_hydra_then_it_composes(tmp_path: Path) -> None:
-    text = "hydra: {job: {env_set: {OMP_NUM_THREADS: '1'}}, sweeper: {params: {x: '1,2'}}, run: {dir: '${oc.env:HOME}'}}"
+    text = (
+        "hydra: {job: {env_set: {OMP_NUM_THREADS: '1'}}, sweeper: {params: {x: '1,2'}}, run: {dir: '${oc.env:HOME}'}}"
+    )
     compose_file(tmp_path, text)
 
 
