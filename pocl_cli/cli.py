@@ -91,48 +91,52 @@ def _dispatch(argv: Sequence[str]) -> None:
 
 
 def _exit_code(argv: Sequence[str]) -> int:
-    """Runs a command; every way to fail ends in one line a mistake on stderr, and its exit code."""
     signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
         _dispatch(argv)
-    except PoclError as error:
-        return _failed(error, [str(one) for one in getattr(error, "errors", [error])], error.exit_code)
-    except Interrupted as error:
-        return _failed(error, [str(error)], error.exit_code)
-    except KeyboardInterrupt as error:
-        return _failed(error, ["interrupted — SIGINT — the same command goes on where it was"], 130)
-    except BrokenPipeError:
-        # Nobody reads stdout any more. The interpreter's last flush must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except Exception as error:  # the last resort: what nobody foresaw is one line, too
-        return _failed(error, [_unforeseen(error)], 5 if _is_resource(error) else 70)
+        sys.stdout.flush()
+    except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:
+        return ended_by(error)
     return 0
 
 
-def _is_resource(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in RESOURCE_ERRORS)
-
-
-def _unforeseen(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}:{frame.lineno}"
-    if _is_resource(error):
-        return f"{error or 'out of memory'} in {place} — the machine refused it — free some, or use another place"
-    return (
-        f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
-        "run it again with POCL_DEBUG=1 and report the traceback"
-    )
-
-
-def _failed(error: BaseException, lines: Sequence[str], exit_code: int) -> int:
+def ended_by(error: BaseException) -> int:
+    """The exit code of a command that an exception ended; says why on stderr, in one line a mistake."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, BrokenPipeError):
+        # Nobody reads stdout any more. The interpreter's last flush must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    if isinstance(error, PoclError):
+        lines, code = [str(one) for one in getattr(error, "errors", [error])], error.exit_code
+    elif isinstance(error, Interrupted):
+        lines, code = [str(error)], error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        lines, code = ["interrupted — SIGINT — the same command goes on where it was"], 130
+    else:
+        # What nobody foresaw is one line, too.
+        lines, code = [_unforeseen(error)], 5 if _is_resource(error) else 70
     if os.environ.get("POCL_DEBUG") == "1":
         print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
     for line in lines:
         print(f"pocl: error: {printable(scrub(line))}", file=sys.stderr, flush=True)
-    return exit_code
+    return code
+
+
+def _is_resource(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in RESOURCE_ERRORS)
+
+
+def _unforeseen(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "an unknown place"
+    if _is_resource(error):
+        return f"{str(error) or 'out of memory'} in {place} — the machine refused it — free some, or use another place"
+    return (
+        f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
+        "run it again with POCL_DEBUG=1 and report the traceback"
+    )
 
 
 def _raise_interrupted(number: int, frame: object) -> None:

@@ -33,7 +33,7 @@ _DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeEr
 
 
 def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Writes `folder/<step>-<stage>/`, then prunes older ones: an old checkpoint goes only after the new one is durable.
+    """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
 
     `optimizer` is None between stages, where the next stage starts with a fresh one.
     """
@@ -73,7 +73,10 @@ def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | 
         return state, path
     if checkpoints:
         raise ArtifactError(
-            "every checkpoint is damaged", where=str(folder), why="none matches its recorded sha256", fix=_afresh(folder)
+            "every checkpoint is damaged",
+            where=str(folder),
+            why="none matches its recorded sha256",
+            fix=_afresh(folder),
         )
     return None
 
@@ -180,7 +183,7 @@ def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, 
             "the unfinished run was begun under other conditions",
             where=str(path),
             why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
-            fix=f"restore them, or {_afresh(path.parent)}",
+            fix=f"restore them (hardware.num_threads, hardware.device, the packages), or {_afresh(path.parent)}",
         )
 
 

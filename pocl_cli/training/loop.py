@@ -6,10 +6,8 @@ model, the optimizer's moments and a few counts (`state.py`): an interrupted run
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +24,7 @@ from pocl_cli.training.journal import Journal
 from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import cosine, make_optimizer
 from pocl_cli.training.sampler import Sampler, micro_batches
+from pocl_cli.training.signals import Signals
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ def train(job: TrainingJob) -> TrainingState:
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the step is not made.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
-        ArtifactError: every checkpoint is damaged.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint of the last whole step was written.
+        ArtifactError: every checkpoint is damaged, or was made under other conditions.
     """
     settings, student = job.settings, job.student
     checkpoints = _checkpoints(job)
@@ -95,7 +94,9 @@ def train(job: TrainingJob) -> TrainingState:
     elif job.evaluate_dev is not None:
         journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
 
-    with _signals_wait() as pending:
+    saved, optimizer = state, None
+    signals = Signals()
+    try:
         for row, stage in zip(job.table[state.stage :], job.stages[state.stage :], strict=True):
             if row["steps"] == 0:
                 continue
@@ -116,6 +117,8 @@ def train(job: TrainingJob) -> TrainingState:
                     "stage %d: %d rows, %d steps, temperature %.4g, kd_ratio %.4g",
                     stage.index, row["num_rows"], row["steps"], stage.temperature, stage.kd_ratio,
                 )  # fmt: skip
+            if state.dev_due:
+                state = _evaluate_dev(job, journal, state, stage, sampler, signals)
 
             for stage_step in range(state.stage_step, row["steps"]):
                 # ── one optimizer step ────────────────────────────────────────────────────────────────────────────
@@ -130,7 +133,8 @@ def train(job: TrainingJob) -> TrainingState:
                 num_tokens = sum(len(one.response_ids) for one in rows)
                 student.train()
                 optimizer.zero_grad(set_to_none=True)
-                loss, ce, kd = _accumulate(job, rows, stage, num_tokens)
+                with signals.at_once():
+                    loss, ce, kd = _accumulate(job, rows, stage, num_tokens)
                 grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
                 _refuse_non_finite(float(loss), float(grad_norm), stage, state.step + 1, record_ids)
                 optimizer.step()
@@ -166,27 +170,28 @@ def train(job: TrainingJob) -> TrainingState:
                 epoch_ends = (stage_step + 1) % sampler.steps_per_epoch == 0 or last
                 due = settings.evaluate_every and ((epoch + 1) % settings.evaluate_every == 0 or last)
                 if job.evaluate_dev is not None and epoch_ends and due:
-                    figures = job.evaluate_dev()
-                    journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch + 1)
-                    state = _keep_best(job, state, figures)
+                    state = replace(state, dev_due=True)
+                    state = _evaluate_dev(job, journal, state, stage, sampler, signals)
 
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
-                if not last and (pending or state.step % settings.checkpoint_every == 0):
-                    state = replace(state, metrics_bytes=journal.flush(state.step))
-                    checkpoint.save(checkpoints, state, student.backbone, optimizer)
-                if pending and not last:
-                    raise pending[0]
+                if not last and state.step % settings.checkpoint_every == 0:
+                    state = saved = _save(job, journal, state, optimizer)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
                 checkpoint.load_best(checkpoints, state.best, student.backbone)
-            state = replace(
-                state, stage=stage.index + 1, stage_step=0, best=None, metrics_bytes=journal.flush(state.step)
-            )
-            checkpoint.save(checkpoints, state, student.backbone, None)
+            state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
+            state = saved = _save(job, journal, state, None)
             resumed_from = None
-            if pending:
-                raise pending[0]
+        if signals.pending is not None:
+            raise signals.pending
+    except Interrupted:
+        # The step or the evaluation under way is given up and made again; what was done before it is kept.
+        if state != saved:
+            _save(job, journal, state, optimizer)
+        raise
+    finally:
+        signals.release()
     journal.close()
     return state
 
@@ -201,7 +206,7 @@ def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
 def _accumulate(
     job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward and backward over the micro-batches of one global batch; loss, CE and KD per response token of all of it."""
+    """Forward and backward over the micro-batches of a global batch; its loss, CE and KD per response token."""
     totals = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
     for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch):
         output = job.student(
@@ -223,44 +228,34 @@ def _refuse_non_finite(loss: float, grad_norm: float, stage: Stage, step: int, r
                 f"the {name} is {value}",
                 where=f"stage {stage.index}, step {step}",
                 why=f"the records of the batch are {', '.join(record_ids)}; the step was not made",
-                fix="lower train.lr, use hardware.precision=float32, or remove the rows; checkpoints before it are kept",
+                fix="lower train.lr, use hardware.precision=float32, or remove the rows; earlier checkpoints are kept",
             )
 
 
-def _keep_best(job: TrainingJob, state: TrainingState, figures: Mapping[str, float]) -> TrainingState:
-    """Saves the student where it beats the stage's best so far."""
+def _evaluate_dev(
+    job: TrainingJob, journal: Journal, state: TrainingState, stage: Stage, sampler: Sampler, signals: Signals
+) -> TrainingState:
+    """Evaluates the student on the dev rows; saves it where it beats the stage's best so far."""
+    assert job.evaluate_dev is not None, "an evaluation is due only where there is one"
+    with signals.at_once():
+        figures = job.evaluate_dev()
+    epoch = sampler.epoch(state.stage_step - 1) + 1
+    journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
+    state = replace(state, dev_due=False)
     if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
         return state
     sha256 = checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone)
     return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))
 
 
+def _save(
+    job: TrainingJob, journal: Journal, state: TrainingState, optimizer: torch.optim.Optimizer | None
+) -> TrainingState:
+    """Makes all lines durable, then the checkpoint that counts them; the state as it was saved."""
+    state = replace(state, metrics_bytes=journal.flush(state.step))
+    checkpoint.save(_checkpoints(job), state, job.student.backbone, optimizer)
+    return state
+
+
 def _checkpoints(job: TrainingJob) -> Path:
     return job.folder / "checkpoints"
-
-
-@contextmanager
-def _signals_wait() -> Iterator[list[Interrupted]]:
-    """SIGTERM and SIGINT are kept until the step under way is done and a checkpoint written; a second SIGINT is not."""
-    pending: list[Interrupted] = []
-
-    def keep(number: int, frame: object) -> None:
-        name, code = signal.Signals(number).name, 128 + number
-        if pending and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        pending.append(
-            Interrupted(
-                "interrupted",
-                why=f"{name}; a checkpoint was written",
-                fix="the same command goes on from it",
-                exit_code=code,
-            )
-        )
-        get_logger().warning("%s: finishing the step and writing a checkpoint", name)
-
-    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield pending
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

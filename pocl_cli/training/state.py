@@ -27,7 +27,17 @@ class Best:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What is done: `step` counts over all stages, `stage_step` in the current one, `metrics_bytes` of metrics.jsonl."""
+    """What is done.
+
+    Attributes:
+        step: optimizer steps over all stages.
+        stage: the current stage; the number of stages where all are done.
+        stage_step: optimizer steps in the current stage.
+        num_tokens: response tokens trained on.
+        metrics_bytes: size of metrics.jsonl when the state was saved.
+        best: the current stage's best state, where the best one is handed on.
+        dev_due: the dev evaluation after the last step was given up and comes next.
+    """
 
     step: int = 0
     stage: int = 0
@@ -35,6 +45,7 @@ class TrainingState:
     num_tokens: int = 0
     metrics_bytes: int = 0
     best: Best | None = None
+    dev_due: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

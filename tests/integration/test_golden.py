@@ -39,7 +39,8 @@ def test_tiny_run_when_trained_then_has_the_numbers_that_were_written_down(tmp_p
     measured = numbers(distilled(compose(recipe(tmp_path / "inputs", tmp_path / "outputs", *changes))).path)
 
     if os.environ.get("POCL_WRITE_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        columns = ",\n".join(f'"{name}": {json.dumps(values)}' for name, values in measured.items())
+        GOLDEN.write_text(f"{{\n{columns}\n}}\n", encoding="utf-8")
         pytest.skip(f"{GOLDEN.name} was written anew")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert measured.keys() == golden.keys()

@@ -267,7 +267,8 @@ def test_command_when_interrupted_twice_then_exits_143_and_130_and_a_rerun_ends_
         stderr = signalled(process, outputs, number)
         assert process.returncode == 128 + number, stderr
         assert stderr.splitlines()[-1] == (
-            f"pocl: error: interrupted — {number.name}; a checkpoint was written — the same command goes on from it"
+            f"pocl: error: interrupted — {number.name}; all finished steps are saved — "
+            "the same command goes on from there"
         )
         reached.append(newest_checkpoint(outputs))
     process = start(inputs, outputs)

@@ -78,7 +78,9 @@ def test_stage_table_when_written_then_is_what_was_trained(distil):
     for stage in stages_of(artifact):
         lines = [line for line in train_lines(artifact.path) if line["stage"] == stage["stage"]]
         assert len(lines) == stage["steps"]
-        assert {(line["temperature"], line["kd_ratio"]) for line in lines} == {(stage["temperature"], stage["kd_ratio"])}
+        assert {(line["temperature"], line["kd_ratio"]) for line in lines} == {
+            (stage["temperature"], stage["kd_ratio"])
+        }
         assert lines[0]["lr"] == stage["lr"]
 
 

@@ -60,7 +60,7 @@ def test_build_when_the_name_is_unknown_then_the_nearest_is_named(family: Regist
 
 @pytest.mark.parametrize("values", [None, {}, {"name": None}, {"name": ["circle"]}, "circle", 3])
 def test_build_when_there_is_no_name_then_the_members_are_named(family: Registry, values: Any) -> None:
-    with pytest.raises(ConfigError, match="no shape is chosen.*shape=NAME: circle"):
+    with pytest.raises(ConfigError, match=r"no shape is chosen.*shape=NAME: circle"):
         family.build(values)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,11 +25,11 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def defaults() -> Iterator[dict[str, Any]]:
+def defaults() -> dict[str, Any]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("distill"), resolve=True)
     values["evaluation"]["datasets"] = [{**values["dataset"], "name": name} for name in ("one", "two")]
-    yield values
+    return values
 
 
 def build(defaults: dict[str, Any], section: str, changes: dict[str, Any]) -> BaseModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,17 @@ from pocl_cli.config import conf_dir
 from pocl_cli.mistakes import MultiConfigError, siblings_of
 from pocl_cli.validation import keys_of, preset_names, validate
 
+Composed = tuple[dict[str, Any], dict[str, Any]]
 NAMES = ["dolly_eval", "local", "self_inst"]
 
 
 @pytest.fixture(scope="module")
-def composed() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def composed() -> Composed:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("distill", overrides=["evaluation.datasets=[dolly_eval]"]))
         presets = {name: OmegaConf.to_container(compose(f"dataset/{name}").dataset) for name in NAMES}
     values["paths"]["outputs"] = "outputs"
-    yield values, presets
-
-
-Composed = tuple[dict[str, Any], dict[str, Any]]
+    return values, presets
 
 
 def checked(composed: Composed, changes: dict[str, Any], step: str = "distill") -> Any:

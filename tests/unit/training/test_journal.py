@@ -14,8 +14,10 @@ from pocl_cli.errors import ArtifactError, NonFiniteError
 from pocl_cli.training.journal import CONSUMED, Journal
 from pocl_cli.training.state import TrainingState
 
+START = TrainingState()
 
-def open_journal(folder: Path, state: TrainingState = TrainingState(), tracked: list[Any] | None = None) -> Journal:
+
+def open_journal(folder: Path, state: TrainingState = START, tracked: list[Any] | None = None) -> Journal:
     def track(values: Mapping[str, Any], step: int) -> None:
         if tracked is not None:
             tracked.append((step, dict(values)))

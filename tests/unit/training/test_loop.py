@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pocl_cli.artifacts import durable
 from pocl_cli.errors import Interrupted, NonFiniteError
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.training.loop import TrainingJob, train
@@ -226,7 +227,9 @@ def test_step_when_no_row_has_a_response_token_then_makes_no_loss_and_no_nan(tmp
 
     train(job)
 
-    figures = [(line["loss"], line["ce"], line["kd"], line["grad_norm"], line["num_tokens"]) for line in train_lines(tmp_path)]
+    figures = [
+        (line["loss"], line["ce"], line["kd"], line["grad_norm"], line["num_tokens"]) for line in train_lines(tmp_path)
+    ]
     assert figures == [(0.0, 0.0, 0.0, 0.0, 0)] * 2
     assert all(value.isfinite().all() for value in weights(job.student).values())
 
@@ -268,7 +271,11 @@ def test_train_lines_when_read_then_have_the_promised_keys_and_count_response_to
     for line in lines:
         before = [row["id"] for row in read_consumed(tmp_path) if row["step"] <= line["step"]]
         assert line["num_tokens"] == sum(len(job.rows.row(record_id).response_ids) for record_id in before)
-    assert [(line["stage"], line["epoch"]) for line in lines] == [*[(0, 0), (0, 0), (0, 1), (0, 1)], *[(1, 0)] * 3, *[(1, 1)] * 3]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        *[(0, 0), (0, 0), (0, 1), (0, 1)],
+        *[(1, 0)] * 3,
+        *[(1, 1)] * 3,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +319,11 @@ def test_dropout_when_it_is_on_then_is_a_function_of_the_seed_and_the_step(tmp_p
         torch.manual_seed(len(name))  # what the process has drawn before does not matter
         # One batch a step holds all rows, so that the seed's order of rows does not decide the loss.
         stage = one_batch(toy_rows(8))
-        train(make_job(tmp_path / name, student=make_student(dropout=dropout), stages=[stage], global_batch_size=8, seed=seed))
+        train(
+            make_job(
+                tmp_path / name, student=make_student(dropout=dropout), stages=[stage], global_batch_size=8, seed=seed
+            )
+        )
         losses[name] = train_lines(tmp_path / name)[0]["loss"]
 
     assert losses["a"] == losses["b"]
@@ -372,24 +383,99 @@ def kill_self(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def newest_checkpoint(folder: Path) -> str:
+    return max((path.name for path in folder.glob("checkpoints/[0-9]*-*")), default="none")
+
+
+def finish_and_compare(folder: Path, whole: Path) -> None:
+    """Runs both to their ends and compares what they leave."""
+    for one in (folder, whole):
+        state = train(make_job(one, evaluates=True, keep_best=True))
+        assert (state.step, state.dev_due) == (10, False)
+    for name in ("metrics.jsonl", "consumed.parquet", "checkpoints/00000010-002/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 10])
-def test_signal_when_it_comes_in_a_step_then_a_checkpoint_of_that_step_is_written(tmp_path, number, exit_code, step):
+def test_signal_when_it_comes_at_the_end_of_a_step_then_a_checkpoint_of_that_step_is_written(
+    tmp_path, number, exit_code, step
+):
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    train(make_job(tmp_path / "whole", evaluates=True))
-    job = make_job(tmp_path / "killed", evaluates=True)
+    folder = tmp_path / "killed"
+    job = make_job(folder, evaluates=True, keep_best=True)
 
     with pytest.raises(Interrupted) as caught:
         train(replace(job, show=after_step(step, kill_self(number))))
 
     assert caught.value.exit_code == exit_code
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
-    newest = max(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert newest.startswith(f"{step:08d}-")
-    state = train(make_job(tmp_path / "killed", evaluates=True))
-    assert state.step == 10
-    for name in ("metrics.jsonl", "consumed.parquet"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert newest_checkpoint(folder).startswith(f"{step:08d}-")
+    finish_and_compare(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("step", "newest"), [(1, "none"), (3, "00000002-000"), (5, "00000004-001"), (9, "00000008-001")]
+)
+def test_signal_when_it_comes_inside_a_step_then_that_step_is_given_up_at_once(tmp_path, step, newest):
+    folder = tmp_path / "killed"
+    job = make_job(folder, evaluates=True, keep_best=True)
+    reached = []
+    job.student.register_forward_pre_hook(lambda module, inputs: reached.append("in"))
+    job.student.register_forward_hook(lambda module, inputs, output: reached.append("out"))
+    forward = job.student.headed.head.register_forward_pre_hook
+
+    def kill_in_this_step(*_: object) -> None:
+        if reached.count("in") == step and len(reached) == 2 * step - 1:
+            kill_self(signal.SIGTERM)()
+
+    forward(kill_in_this_step)
+
+    with pytest.raises(Interrupted):
+        train(job)
+
+    assert reached == ["in", "out"] * (step - 1) + ["in"]
+    assert newest_checkpoint(folder) == newest
+    finish_and_compare(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("evaluation", "newest"), [(1, "00000002-000"), (2, "00000004-000"), (4, "00000010-001")])
+def test_signal_when_it_comes_inside_a_dev_evaluation_then_it_is_given_up_at_once_and_comes_first_in_the_rerun(
+    tmp_path, evaluation, newest
+):
+    folder = tmp_path / "killed"
+    job = make_job(folder, evaluates=True, keep_best=True)
+    begun, ended = [], []
+
+    def evaluate() -> dict[str, float]:
+        if len(begun) == evaluation:
+            begun.append(1)
+            kill_self(signal.SIGTERM)()
+        begun.append(1)
+        figures = job.evaluate_dev()
+        ended.append(1)
+        return figures
+
+    with pytest.raises(Interrupted):
+        train(replace(job, evaluate_dev=evaluate))
+
+    assert len(ended) == evaluation
+    assert newest_checkpoint(folder) == newest
+    finish_and_compare(folder, tmp_path / "whole")
+
+
+def test_signal_when_it_comes_again_while_the_checkpoint_is_written_then_the_checkpoint_is_whole(tmp_path, monkeypatch):
+    def kill_in_save(operation: str, path: Path) -> None:
+        if path.name == "optimizer.safetensors":
+            kill_self(signal.SIGTERM)()
+
+    job = make_job(tmp_path / "killed", evaluates=True, keep_best=True)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(durable, "_fault_hook", kill_in_save)
+        train(replace(job, show=after_step(3, kill_self(signal.SIGTERM))))
+
+    assert newest_checkpoint(tmp_path / "killed") == "00000003-000"
+    finish_and_compare(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_sigint_when_it_comes_twice_then_the_run_ends_at_once(tmp_path):
@@ -401,3 +487,5 @@ def test_sigint_when_it_comes_twice_then_the_run_ends_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(replace(job, show=after_step(2, twice)))
+
+    assert newest_checkpoint(tmp_path) == "none"

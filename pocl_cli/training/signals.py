@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT while a model is trained: work that can be given up ends at once, the rest is finished first."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pocl_cli.errors import Interrupted
+
+
+class Signals:
+    """Catches both signals until `release`. A second SIGINT raises KeyboardInterrupt wherever the program is.
+
+    Attributes:
+        pending: the first signal that came, as the exception that ends the training.
+    """
+
+    def __init__(self) -> None:
+        self.pending: Interrupted | None = None
+        self._at_once = False
+        self._before = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Gives the signals back to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around work that changes nothing until it is done: a signal raises Interrupted in it, or before it."""
+        if self.pending is not None:
+            raise self.pending
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _keep(self, number: int, frame: object) -> None:
+        if self.pending is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.pending = Interrupted(
+            "interrupted",
+            why=f"{signal.Signals(number).name}; all finished steps are saved",
+            fix="the same command goes on from there",
+            exit_code=128 + number,
+        )
+        if self._at_once:
+            raise self.pending
