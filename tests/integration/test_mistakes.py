@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.result import obtain
+
 from ..support.command import Finished, run_pocl
 from ..support.folders import memory_folder
-from ..support.recipe import recipe, write_inputs
-from ..support.training import TEACHER, make_model, toy_tokenizer
+from ..support.recipe import compose, recipe, write_inputs
 
 Setup = Callable[[Path], object]
 
@@ -156,6 +158,12 @@ MISTAKES = [
     Mistake("evaluate first", ("evaluate", *small("upstream=require")), 4, ("run: pocl distill experiment=demo",)),
     Mistake("damaged artifact", ("distill", *small()), 4, ("partition.parquet", "delete it: rm -r"), damaged_partition),
     Mistake("rate too high", ("distill", *small("train.lr=1e30", "train.lr_end=1")), 7, ("stage 0, step", "train.lr")),
+    Mistake(
+        "no tracker package",
+        ("distill", *small("tracker=trackio")),
+        2,
+        ("tracker=trackio needs a package", "pip install 'pocl-cli[trackio]'"),
+    ),
     # ── the machine ──
     Mistake(
         "outputs is a file", ("distill", *small()), 5, ("outputs", "paths.outputs"), rows("in the way", "outputs")
@@ -192,3 +200,89 @@ def check(done: Finished, exit_code: int, parts: tuple[str, ...]) -> None:
 def test_command_when_a_user_errs_then_the_last_line_says_what_and_what_to_do(mistake: Mistake, folder: Path) -> None:
     mistake.before(folder)
     check(run_pocl(*mistake.words, cwd=folder), mistake.exit_code, mistake.parts)
+
+
+def test_mistakes_when_counted_then_there_are_at_least_thirty_with_names_of_their_own() -> None:
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 30
+
+
+def test_command_when_thirty_things_are_wrong_then_all_are_told_before_torch_is_imported(folder: Path) -> None:
+    keys = [f"train.wrong_{number}=1" for number in range(10)]
+    options = ["kd_method=a", "curriculum=b", "dataset=c", "teacher=d", "student=e", "difficulty=f", "tracker=g"]
+    values = [
+        "train.lr=x",
+        "train.seed=1.5",
+        "train.grad_clip=0",
+        "score.teacher=maybe",
+        "upstream=no",
+        "plan.num_rows=0",
+    ]
+    others = ["+a=1", "b=1", "train.log_every=[1", "c", "~d", "+upstream=auto", "evaluation.seeds.9=1"]
+    done = run_pocl("distill", *keys, *options, *values, *others, cwd=folder)
+    assert (done.exit_code, done.stdout, len(done.errors)) == (2, "", 30)
+    assert done.stderr.splitlines() == done.errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_command_when_the_device_is_not_there_then_the_line_says_so(folder: Path) -> None:
+    check(run_pocl("distill", *small("hardware.device=cuda"), cwd=folder), 5, ("cuda", "hardware.device=cpu"))
+
+
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", ["Stages", "stage 0:"])
+def test_command_when_it_is_interrupted_then_the_same_command_goes_on(
+    folder: Path, by: signal.Signals, code: int, moment: str
+) -> None:
+    words = small("train.max_steps=24", "train.evaluate_every=1")
+    check(
+        run_pocl("distill", *words, cwd=folder, interrupt_at=lambda stderr: moment in stderr, interrupt_by=by),
+        code,
+        ("interrupted", by.name, "the same command goes on"),
+    )
+    again = run_pocl("distill", *words, cwd=folder)
+    assert again.exit_code == 0, again.stderr
+
+
+def test_command_when_another_process_has_the_run_then_it_says_who(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    chain = Chain(compose(small()))
+    obtain(chain.run, "partition", chain.partition_key, chain.store)
+    with chain.store.open_work(chain.student_key):
+        check(run_pocl("distill", *small(), cwd=folder), 6, (str(os.getpid()),))
+
+
+# ── disks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """A small file system of its own: as root nothing else is full or read-only."""
+    place = folder / "outputs"
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a file system cannot be mounted here: {error}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("size_kb", [4, 40, 120])
+def test_command_when_the_disk_is_full_then_it_says_so_and_goes_on_when_there_is_room(
+    folder: Path, size_kb: int
+) -> None:
+    with mounted(folder, "-o", f"size={size_kb}k") as place:
+        check(run_pocl("distill", *small(), cwd=folder), 5, ("No space left on device", "free some space"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(place)], check=True)
+        again = run_pocl("distill", *small(), cwd=folder)
+        assert again.exit_code == 0, again.stderr
+
+
+def test_command_when_the_disk_is_read_only_then_it_says_so(folder: Path) -> None:
+    with mounted(folder, "-o", "ro"):
+        check(run_pocl("score", *small(), cwd=folder), 5, ("Read-only file system", "paths.outputs"))

@@ -36,6 +36,7 @@ def run_pocl(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     interrupt_at: Callable[[str], bool] | None = None,
+    interrupt_by: signal.Signals = signal.SIGINT,
     timeout_seconds: float = 100,
 ) -> Finished:
     """Runs `pocl WORDS…` in `cwd`, where its outputs go.
@@ -44,7 +45,8 @@ def run_pocl(
         words: the arguments.
         cwd: the working directory.
         env: further environment variables.
-        interrupt_at: given what stderr holds so far; when it says so, the process gets SIGINT, as of Ctrl-C.
+        interrupt_at: given what stderr holds so far; when it says so, the process gets a signal.
+        interrupt_by: that signal; SIGINT is Ctrl-C.
         timeout_seconds: after it the process is killed, and the test fails.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +54,8 @@ def run_pocl(
         pid = os.fork()
         if pid == 0:
             _child(words, cwd, env or {}, streams)
-        code = _waited(pid, streams[1], interrupt_at, time.monotonic() + timeout_seconds)
+        interrupts = [(interrupt_at, interrupt_by)] if interrupt_at else []
+        code = _waited(pid, streams[1], interrupts, time.monotonic() + timeout_seconds)
         stdout, stderr = (path.read_text(encoding="utf-8") for path in streams)
     return Finished(shlex.join(["pocl", *words]), code, stdout, stderr)
 
@@ -78,14 +81,15 @@ def _child(words: tuple[str, ...], cwd: Path, env: Mapping[str, str], streams: l
         os._exit(code)
 
 
-def _waited(pid: int, stderr: Path, interrupt_at: Callable[[str], bool] | None, deadline: float) -> int:
+def _waited(
+    pid: int, stderr: Path, interrupts: list[tuple[Callable[[str], bool], signal.Signals]], deadline: float
+) -> int:
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if interrupt_at is not None and stderr.exists() and interrupt_at(stderr.read_text(encoding="utf-8")):
-            os.kill(pid, signal.SIGINT)
-            interrupt_at = None
+        if interrupts and stderr.exists() and interrupts[0][0](stderr.read_text(encoding="utf-8")):
+            os.kill(pid, interrupts.pop()[1])
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
