@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -40,22 +41,8 @@ pocl STEP --help lists a step's groups and keys; pocl STEP --cfg job prints what
 """
 
 # What the system says where disk, memory or permission is lacking.
-RESOURCE_ERRORS = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC",
-        "EDQUOT",
-        "EROFS",
-        "EACCES",
-        "EPERM",
-        "EIO",
-        "ENOMEM",
-        "EMFILE",
-        "ENFILE",
-        "EFBIG",
-        "ENOTDIR",
-    )
-}
+_LACKS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EMFILE", "ENFILE", "EFBIG", "ENOTDIR", "ENAMETOOLONG")
+RESOURCE_ERRORS = {getattr(errno, name) for name in _LACKS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,8 +102,8 @@ def ended_by(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt):
         lines, code = ["interrupted — SIGINT — the same command goes on where it was"], 130
     else:
-        # What nobody foresaw is one line, too.
-        lines, code = [_unforeseen(error)], 5 if _is_resource(error) else 70
+        line, code = _unforeseen(error)
+        lines = [line]
     if os.environ.get("POCL_DEBUG") == "1":
         print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
     for line in lines:
@@ -124,19 +111,27 @@ def ended_by(error: BaseException) -> int:
     return code
 
 
-def _is_resource(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in RESOURCE_ERRORS)
-
-
-def _unforeseen(error: BaseException) -> str:
+def _unforeseen(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code of what no module has put into words: the machine's fault, or ours."""
     frames = traceback.extract_tb(error.__traceback__)[-1:]
     place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "an unknown place"
-    if _is_resource(error):
-        return f"{str(error) or 'out of memory'} in {place} — the machine refused it — free some, or use another place"
+    if isinstance(error, MemoryError):
+        return f"out of memory in {place} — the machine has no more — end other programs, or use a smaller model", 5
+    # Libraries in Rust (safetensors, tokenizers) tell the system's error in the text of their own.
+    behind = re.search(r"\(os error (\d+)\)", str(error))
+    system = OSError(int(behind[1]), "") if behind else error
+    if isinstance(system, OSError) and system.errno in RESOURCE_ERRORS:
+        from pocl_cli.artifacts.disk import reported
+
+        try:
+            with reported(Path(str(system.filename or f"a file ({place})")), "use"):
+                raise system
+        except PoclError as told:
+            return str(told), told.exit_code
     return (
         f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
         "run it again with POCL_DEBUG=1 and report the traceback"
-    )
+    ), 70
 
 
 def _raise_interrupted(number: int, frame: object) -> None:

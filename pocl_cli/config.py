@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.explain import COMPOSITION_ERRORS, explain, options_of, unknown_option, unresolved
+from pocl_cli.guard import refuse_alias_bombs
 from pocl_cli.mistakes import MultiConfigError
 from pocl_cli.redaction import scrub_command, scrub_values
 from pocl_cli.schema import PoclConfig
@@ -113,7 +114,7 @@ def user_config_folders() -> list[str]:
 def add_user_config(folders: Iterable[str]) -> None:
     """Makes a user's own YAML folders, the first before the others, part of every composition from now on.
 
-    Raises MultiConfigError where one does not exist.
+    Raises MultiConfigError where one does not exist, and SecurityError where a file in it would fill the memory.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     missing = [
@@ -127,6 +128,8 @@ def add_user_config(folders: Iterable[str]) -> None:
     ]
     if missing:
         raise MultiConfigError(missing)
+    for path in paths:
+        refuse_alias_bombs(path)
     _UserConfigPath.folders = tuple(str(path) for path in paths)
     Plugins.instance().register(_UserConfigPath)
 

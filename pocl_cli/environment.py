@@ -21,9 +21,16 @@ def print_environment() -> None:
     print(f"pocl: {__version__}")
     print(f"python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package}: {importlib.metadata.version(package)}")
+        print(f"{package}: {_version(package)}")
     print(f"cpus: {os.cpu_count()}, torch threads: {torch.get_num_threads()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda: {', '.join(devices) if devices else 'none'}; mps: {torch.backends.mps.is_available()}")
     print(f"conf: {conf_dir()}")
     print(f"outputs: {Path(os.environ.get('POCL_OUTPUTS', 'outputs')).resolve()}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

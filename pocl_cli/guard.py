@@ -6,11 +6,15 @@ Hydra builds anything from it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +35,7 @@ _STREAMS = {"ext://sys.stderr", "ext://sys.stdout"}
 # Variables that decide which programs and libraries run.
 _LOADERS = re.compile(r"hydra\.job\.env_set\.(PATH|LD_|DYLD_|PYTHON|GIT_|HYDRA_|BASH_ENV|ENV$)")
 _DEEPEST = 20
+_MOST_NODES = 100_000
 
 
 def refuse_overrides(overrides: Sequence[str]) -> None:
@@ -41,6 +46,34 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
             raise _refused(key, "the command line", f"allowed are {_ALLOWED_SHOWN}")
         if key.startswith("hydra") and any(call in override for call in CALL_KEYS):
             raise _refused(override, "the command line", "leave it out")
+
+
+def refuse_alias_bombs(folder: Path) -> None:
+    """Raises SecurityError at a YAML file below `folder` whose aliases multiply to more than a machine can hold."""
+    for path in sorted(folder.rglob("*.yaml")):
+        with contextlib.suppress(OSError, yaml.YAMLError):  # Hydra tells of both, where it reads the file.
+            text = path.read_bytes()
+            if b"&" in text and b"*" in text and _expanded_size(yaml.compose(text, yaml.SafeLoader)) > _MOST_NODES:
+                raise SecurityError(
+                    "refused YAML aliases",
+                    where=str(path),
+                    why=f"written out they make more than {_MOST_NODES} values",
+                    fix="write the values out, or leave them away",
+                )
+
+
+def _expanded_size(node: yaml.Node | None) -> float:
+    """How many nodes a graph makes when every alias is written out: without end where one leads to itself."""
+    sizes: dict[int, float] = {}
+
+    def size(one: yaml.Node) -> float:
+        if id(one) not in sizes:
+            sizes[id(one)] = math.inf
+            below = [part for pair in one.value for part in pair] if isinstance(one, yaml.MappingNode) else one.value
+            sizes[id(one)] = 1 + (sum(map(size, below)) if isinstance(one, yaml.CollectionNode) else 0)
+        return sizes[id(one)]
+
+    return size(node) if node is not None else 0
 
 
 def guard_compositions() -> None:

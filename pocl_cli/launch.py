@@ -85,6 +85,8 @@ def run_step(step: str, words: Sequence[str]) -> None:
             if stop.code == 1 and arguments.package:
                 raise _no_package(arguments.package) from stop
             raise
+    if arguments.completes:
+        _complete_below(os.environ["COMP_LINE"])
     if state.failure is not None:
         raise state.failure
 
@@ -109,6 +111,14 @@ def _run_folders(arguments: Arguments) -> Iterator[list[str]]:
 
 def _no_package(name: str) -> ConfigError:
     return ConfigError(f"no section {name!r} for -p", why="the configuration has none", fix="see --cfg job without -p")
+
+
+def _complete_below(line: str) -> None:
+    """Prints the options in sub-folders of a group (`experiment=paper/gpt2_fkl`): Hydra leaves them out."""
+    group, equals, begun = line.rpartition(" ")[2].partition("=")
+    with initialize_config_dir(str(config.conf_dir()), **VERSION_BASE):
+        options = explain.options_of(group) if equals else []
+    print(*(f"{group}={option}" for option in options if "/" in option and option.startswith(begun)))
 
 
 def _diagnosed(step: str, arguments: Arguments, error: Exception) -> list[PoclError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import train
 from pocl_cli.training.sampler import Sampler, micro_batches
 
+from ..support.folders import memory_folder
 from ..support.training import make_job, make_student, toy_rows, train_lines
 
 BATCH, STEPS = 8, 20
@@ -25,22 +26,24 @@ STAGES = [
 ]
 
 
+@cache
 def numbers(
-    folder: Path, method: str, *, dtype: torch.dtype = torch.float64, budget: int = 4096, memory_mb: float = 512
+    method: str, *, dtype: torch.dtype = torch.float64, budget: int = BUDGETS["1x8"], memory_mb: float = 512
 ) -> list[float]:
     """Loss and gradient norm of each of the 20 steps."""
     student = make_student(method, dtype=dtype, memory_mb=memory_mb)
-    train(
-        make_job(
-            folder,
-            student=student,
-            rows=ROWS,
-            stages=STAGES,
-            global_batch_size=BATCH,
-            max_tokens_per_micro_batch=budget,
+    with memory_folder() as folder:
+        train(
+            make_job(
+                folder,
+                student=student,
+                rows=ROWS,
+                stages=STAGES,
+                global_batch_size=BATCH,
+                max_tokens_per_micro_batch=budget,
+            )
         )
-    )
-    return [line[key] for line in train_lines(folder) for key in ("loss", "grad_norm")]
+        return [line[key] for line in train_lines(folder) for key in ("loss", "grad_norm")]
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("1x8", [8]), ("2x4", [4, 4]), ("8x1", [1] * 8)])
@@ -56,22 +59,22 @@ def test_budget_when_a_batch_is_split_by_it_then_gives_these_micro_batches(name,
 
 
 @pytest.mark.parametrize("method", kd_methods.names())
-def test_run_when_batches_are_split_otherwise_then_has_the_same_losses_and_gradient_norms(tmp_path, method):
-    whole = numbers(tmp_path / "whole", method, budget=BUDGETS["1x8"])
+def test_run_when_batches_are_split_otherwise_then_has_the_same_losses_and_gradient_norms(method):
+    whole = numbers(method)
 
     for name in ("2x4", "8x1"):
-        assert numbers(tmp_path / name, method, budget=BUDGETS[name]) == pytest.approx(whole, rel=1e-10)
+        assert numbers(method, budget=BUDGETS[name]) == pytest.approx(whole, rel=1e-10)
 
     assert len(whole) == 2 * STEPS
     assert min(whole) > 0
 
 
 @pytest.mark.parametrize("method", kd_methods.names())
-def test_run_when_the_objective_works_in_other_chunks_then_has_the_same_losses_and_gradient_norms(tmp_path, method):
-    whole = numbers(tmp_path / "whole", method)
+def test_run_when_the_objective_works_in_other_chunks_then_has_the_same_losses_and_gradient_norms(method):
+    whole = numbers(method)
     few_tokens = make_student(method, memory_mb=0.1).chunk_tokens
 
-    chunked = numbers(tmp_path / "chunked", method, memory_mb=0.1)
+    chunked = numbers(method, memory_mb=0.1)
 
     assert few_tokens == 4
     assert chunked == pytest.approx(whole, rel=1e-10)
@@ -79,15 +82,15 @@ def test_run_when_the_objective_works_in_other_chunks_then_has_the_same_losses_a
 
 @pytest.mark.parametrize("method", ["fkl", "srkl"])
 @pytest.mark.parametrize("changes", [{"budget": BUDGETS["2x4"]}, {"budget": 1}, {"memory_mb": 0.1}])
-def test_run_in_float32_when_it_is_split_otherwise_then_has_the_same_numbers_up_to_rounding(tmp_path, method, changes):
-    whole = numbers(tmp_path / "whole", method, dtype=torch.float32)
+def test_run_in_float32_when_it_is_split_otherwise_then_has_the_same_numbers_up_to_rounding(method, changes):
+    whole = numbers(method, dtype=torch.float32)
 
-    split = numbers(tmp_path / "split", method, dtype=torch.float32, **changes)
+    split = numbers(method, dtype=torch.float32, **changes)
 
     assert split == pytest.approx(whole, rel=1e-5)
 
 
-def test_run_in_float32_when_compared_with_float64_then_differs_by_rounding_only(tmp_path):
-    exact = numbers(tmp_path / "exact", "fkl")
+def test_run_in_float32_when_compared_with_float64_then_differs_by_rounding_only():
+    exact = numbers("fkl")
 
-    assert numbers(tmp_path / "rounded", "fkl", dtype=torch.float32) == pytest.approx(exact, rel=1e-4)
+    assert numbers("fkl", dtype=torch.float32) == pytest.approx(exact, rel=1e-4)

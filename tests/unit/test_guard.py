@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from pocl_cli.errors import SecurityError
-from pocl_cli.guard import guard_compositions, refuse_overrides
+from pocl_cli.guard import guard_compositions, refuse_alias_bombs, refuse_overrides
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,25 @@ def test_file_when_a_job_of_a_sweep_composes_it_then_it_is_refused_too(tmp_path:
         master = loader.load_configuration("main", [], RunMode.MULTIRUN)
         with pytest.raises(SecurityError, match=r"refused hydra\.callbacks"):
             loader.load_sweep_config(master, ["g=evil"])
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]\n", "a: &a {b: *a}\n"])
+def test_file_when_its_aliases_multiply_then_it_is_refused_before_it_is_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bomb.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SecurityError, match=r"refused YAML aliases in .*bomb\.yaml"):
+        refuse_alias_bombs(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: &a [1, 2]\nb: *a\nc: *a\n", "a: [1\nb: *x & y", "", "a: 'x * y & z'\n"])
+def test_file_when_its_aliases_are_few_or_it_is_no_yaml_then_it_passes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    refuse_alias_bombs(tmp_path)
 
 
 def test_file_when_it_sets_harmless_keys_of_hydra_then_it_composes(tmp_path: Path) -> None:
