@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,19 @@ def diagnose(config_name: str, overrides: Sequence[str], *, sweeps: bool) -> tup
             errors.append(misplaced)
         elif not options:
             keys.append(override)
-        elif wrong := [_unknown_option(override, one, options) for one in _choices(override) if one not in options]:
-            errors += wrong
+        elif wrong := [one for one in _choices(override) if one not in options]:
+            errors += [unknown_option(override.key_or_group, one, options) for one in wrong]
         else:
             groups.append(_first(override))
     try:
         base = compose(config_name, overrides=groups)
     except COMPOSITION_ERRORS as error:
         return [*errors, explain(error)], None
-    keys_good: list[str] = []
-    for override in keys:
-        mistake = _key_mistake(override, base)
-        if mistake is None:
-            keys_good.append(_first(override))
-        else:
-            errors.append(mistake)
-    more, cfg = _composed(config_name, groups, keys_good)
+    values: Any = OmegaConf.to_container(base, resolve=False)
+    mistakes = [_key_mistake(override, base, values) for override in keys]
+    errors += [mistake for mistake in mistakes if mistake is not None]
+    good = [_first(override) for override, mistake in zip(keys, mistakes, strict=True) if mistake is None]
+    more, cfg = _composed(config_name, groups, good)
     return errors + more, cfg
 
 
@@ -128,11 +125,6 @@ def _unreadable(text: str, error: HydraException) -> ConfigError:
     return ConfigError(f"cannot read the override {text!r}", why=_first_line(error), fix=fix)
 
 
-def _unknown_option(override: Override, option: str, options: Sequence[str]) -> ConfigError:
-    group = override.key_or_group
-    return unknown_option(group, option, options)
-
-
 def unknown_option(group: str, option: str, options: Sequence[str]) -> ConfigError:
     """The error for an option that a group does not have; a path in its place is recognised."""
     guess = nearest(option, options) or nearest(option, [name.rpartition("/")[2] for name in options])
@@ -160,11 +152,9 @@ def _misplaced(override: Override, options: Sequence[str]) -> ConfigError | None
     return None
 
 
-def _key_mistake(override: Override, base: DictConfig) -> PoclError | None:
+def _key_mistake(override: Override, base: DictConfig, values: Mapping[str, Any]) -> PoclError | None:
     """What is wrong with the key of an override, judged by what the chosen options compose to."""
     key, line = override.key_or_group, override.input_line
-    values = OmegaConf.to_container(base, resolve=False)
-    assert isinstance(values, dict), "a composed configuration is a mapping"
     known = set(keys_of(values))
     head, _, last = key.rpartition(".")
     parent = OmegaConf.select(base, head) if head in known else None
@@ -177,8 +167,7 @@ def _key_mistake(override: Override, base: DictConfig) -> PoclError | None:
         return ConfigError(
             f"unknown key {key!r}", why=f"{head} has {len(parent)} entries, counted from 0", fix=f"write {head}=[…]"
         )
-    plain = {str(name): value for name, value in values.items()}
-    return unknown_key(key, siblings_of(key, plain), anywhere=[*known, *_groups()])
+    return unknown_key(key, siblings_of(key, values), anywhere=[*known, *_groups()])
 
 
 def _groups() -> list[str]:

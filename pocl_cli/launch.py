@@ -239,7 +239,7 @@ def _sweep(task: Callable[[], Any]) -> None:
 
 def _rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A line a job: what sets it apart from the others, what came of it, its figures."""
-    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes))
     return [
         {
             "job": outcome["job"],

@@ -88,15 +88,33 @@ def _addition(key: str, values: Mapping[str, Any]) -> str:
 def unknown_key(key: str, siblings: Sequence[str], anywhere: Iterable[str] = ()) -> ConfigError:
     """The error for a key that nothing reads; `siblings` are the keys of its section, `anywhere` those of all."""
     section, _, leaf = key.rpartition(".")
-    guess = nearest(leaf, siblings, 0.6)
-    if guess is not None:
-        guess = f"{section}.{guess}" if section else guess
-    else:
-        known = list(anywhere)
-        by_leaf = {name.rpartition(".")[2]: name for name in known}
-        guess = nearest(key, known, 0.75) or by_leaf.get(nearest(leaf, by_leaf, 0.75) or "")
     why = f"{section} has {', '.join(siblings)}" if section and siblings else "nothing reads it"
-    return ConfigError(f"unknown key {key!r}", why=why, fix=f"did you mean {guess!r}?" if guess else "remove it")
+    owners = _owners(section, leaf)
+    if owners:
+        fix = f"{section}={' and '.join(owners)} {'have' if len(owners) > 1 else 'has'} it"
+    elif guess := nearest(leaf, siblings, 0.6):
+        whole = f"{section}.{guess}" if section else guess
+        fix = f"did you mean {whole!r}?"
+    elif guess := _elsewhere(key, leaf, list(anywhere)):
+        fix = f"did you mean {guess!r}?"
+    else:
+        fix = "remove it"
+    return ConfigError(f"unknown key {key!r}", why=why, fix=fix)
+
+
+def _owners(section: str, leaf: str) -> list[str]:
+    """The members of a family that have a field which the chosen one lacks."""
+    family = FAMILIES.get(section)
+    return [name for name in family.names() if leaf in _fields(family.get(name))] if family else []
+
+
+def _elsewhere(key: str, leaf: str, known: list[str]) -> str | None:
+    """The key of another section that is meant: `trian.lr` is train.lr, `lr` is, too."""
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    near = nearest(key, known, 0.75)
+    if near is not None and nearest(leaf, [near.rpartition(".")[2]], 0.6):
+        return near
+    return by_leaf.get(nearest(leaf, by_leaf, 0.75) or "")
 
 
 def siblings_of(key: str, values: Mapping[str, Any]) -> list[str]:

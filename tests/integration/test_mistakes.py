@@ -93,7 +93,7 @@ MISTAKES = [
     Mistake("mistyped group", ("distill", "kd_mehtod=rkl"), 2, ("unknown key 'kd_mehtod'", "'kd_method'?")),
     Mistake("mistyped option", ("distill", "kd_method=rlk"), 2, ("unknown kd_method 'rlk'", "kd_method=rkl?")),
     Mistake("mistyped key", ("distill", "train.lrr=1"), 2, ("unknown key 'train.lrr'", "did you mean 'train.lr'?")),
-    Mistake("key of another method", ("distill", "kd_method.alpha=0.1"), 2, ("'kd_method.alpha'", "name, t_squared")),
+    Mistake("key of another method", ("distill", "kd_method.alpha=0.1"), 2, ("'kd_method.alpha'", "sfkl and srkl")),
     Mistake("mistyped recipe", ("distill", "experiment=paper/gpt2_fkl_pcol"), 2, ("experiment=paper/gpt2_fkl_pocl?",)),
     Mistake("mistyped flag", ("distill", "--mutlirun"), 2, ("unknown flag '--mutlirun'", "did you mean --multirun?")),
     Mistake("dashes", ("distill", "--train.lr=0.1"), 2, ("an override has no dashes: train.lr=0.1",)),
@@ -228,12 +228,11 @@ def test_command_when_the_device_is_not_there_then_the_line_says_so(folder: Path
     check(run_pocl("distill", *small("hardware.device=cuda"), cwd=folder), 2, ("'cuda'", "hardware.device=cpu"))
 
 
-@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["Stages", "stage 0:"])
+@pytest.mark.parametrize(("by", "code", "moment"), [(signal.SIGINT, 130, "stage 0:"), (signal.SIGTERM, 143, "Stages")])
 def test_command_when_it_is_interrupted_then_the_same_command_goes_on(
     folder: Path, by: signal.Signals, code: int, moment: str
 ) -> None:
-    words = small("train.max_steps=24", "train.evaluate_every=1")
+    words = small("train.max_steps=12", "train.evaluate_every=1")
     check(
         run_pocl("distill", *words, cwd=folder, interrupt_at=lambda stderr: moment in stderr, interrupt_by=by),
         code,

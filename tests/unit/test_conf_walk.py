@@ -28,7 +28,7 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 # Recipes only override, and Hydra's own files have Hydra's keys.
 DOCUMENTED = [path for path in FILES if path.relative_to(CONF).parts[0] not in ("experiment", "hydra")]
 # What a choice needs beside it to be valid by itself.
-COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["kd_method=sft"]}
+COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["teacher.path=owner/name"]}
 
 
 def options(group: str) -> list[str]:
@@ -36,7 +36,11 @@ def options(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+# The n-th option of every group together: as many compositions as the longest group has options.
+ROUNDS = [
+    [f"{group}={option}" for group, option in zip(GROUPS, chosen, strict=True) if option and group != "experiment"]
+    for chosen in itertools.zip_longest(*(options(group) if group != "experiment" else [] for group in GROUPS))
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,15 +58,21 @@ def test_primary_configs_when_composed_then_all_four_are_the_same() -> None:
     assert all(one == composed[0] for one in composed)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_option_when_chosen_then_it_composes_and_is_valid_for_all_steps(choice: str) -> None:
-    cfg = compose("distill", overrides=[choice, *COMPANIONS.get(choice, [])])
+@pytest.mark.parametrize("recipe", options("experiment"))
+def test_recipe_when_chosen_then_it_composes_and_is_valid_for_all_steps(recipe: str) -> None:
+    cfg = compose("distill", overrides=[f"experiment={recipe}"])
     for step in STEPS:
-        if step == "distill" and choice.startswith("tracker="):
-            # The package of a tracker is an extra; a plan does without.
-            from_hydra(step, compose("distill", overrides=[choice, "plan.enabled=true"]), [])
-        else:
-            from_hydra(step, cfg, [])
+        from_hydra(step, cfg, [])
+
+
+@pytest.mark.parametrize("choices", ROUNDS, ids=" ".join)
+def test_options_when_chosen_then_they_compose_and_are_valid_for_all_steps(choices: list[str]) -> None:
+    needed = [word for choice in choices for word in COMPANIONS.get(choice, [])]
+    cfg = compose("distill", overrides=[*choices, *needed])
+    for step in STEPS:
+        # The package of a tracker is an extra; a plan does without.
+        planned = compose("distill", overrides=[*choices, *needed, "plan.enabled=true"])
+        from_hydra(step, planned if step == "distill" else cfg, [])
 
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "experiment"])

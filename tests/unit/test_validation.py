@@ -49,7 +49,9 @@ def mistakes(composed: Composed, changes: dict[str, Any], step: str = "distill")
 
 MISTAKES = [
     ({"train.lrr": 1}, ["unknown key 'train.lrr'", "did you mean 'train.lr'?"]),
-    ({"kd_method.alpha": 1}, ["unknown key 'kd_method.alpha'", "kd_method has name, t_squared"]),
+    ({"kd_method.alpha": 1}, ["unknown key 'kd_method.alpha'", "has name, t_squared", "sfkl and srkl have it"]),
+    ({"kd_method.teacher_weight": 1}, ["kd_method=jsd has it"]),
+    ({"kd_method.tsquared": 1}, ["did you mean 'kd_method.t_squared'?"]),
     ({"curriculum.temperature.strat": 1}, ["did you mean 'curriculum.temperature.start'?"]),
     ({"difficulty.kk": 1}, ["unknown key 'difficulty.kk'", "difficulty has k, name"]),
     ({"tracker.projct": 1}, ["unknown key 'tracker.projct'", "tracker has name"]),
