@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -173,6 +172,8 @@ def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig
 
 def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
     """Runs one step and prints the path of its artifact, the only thing on stdout."""
+    from pocl_cli.steps import dispatch  # half a second that configuration errors do without
+
     log.set_up_console_log(logging.DEBUG if hydra_config.verbose is True else logging.INFO)
     logger = log.get_logger()
     if hydra_config.mode is RunMode.MULTIRUN:
@@ -184,7 +185,7 @@ def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
         logger.debug("%s, configuration %s", shlex.join(run.command), json.dumps(run.resolved))
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                result = importlib.import_module(f"pocl_cli.steps.{run.step}").run(run)
+                result = dispatch.run_step(run)
         except BaseException:
             logger.debug("stopped", exc_info=True)
             raise

@@ -22,8 +22,8 @@ from pocl_cli import log, tables
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.errors import PoclError
-from pocl_cli.steps import distill, evaluate
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.dispatch import run_step
 from pocl_cli.steps.result import StepResult
 
 MODEL = Path("models/smollm2")
@@ -68,7 +68,7 @@ def _row(arm: Arm) -> list[Any]:
     chain = Chain(compose_run("distill", overrides))
     trained: Artifact | None = None
     if arm.model == "student":
-        trained = _shown("distill", overrides, distill.run(chain.run)).artifact
+        trained = _shown("distill", overrides, run_step(chain.run)).artifact
         model = "student"
     else:
         source = chain.teacher if arm.model == "teacher" else chain.student
@@ -77,7 +77,7 @@ def _row(arm: Arm) -> list[Any]:
         if "student" in source.identity:
             trained = chain.store.find(("students", source.identity["student"]))
     overrides = (*overrides, f"evaluation.model={model}")
-    evaluated = _shown("evaluate", overrides, evaluate.run(compose_run("evaluate", overrides)))
+    evaluated = _shown("evaluate", overrides, run_step(compose_run("evaluate", overrides)))
     (metrics,) = json.loads((evaluated.artifact.path / "metrics.json").read_text())["datasets"].values()
     steps, seconds = _cost(trained) if trained else (None, None)
     return [arm.name, metrics["rouge_l"]["mean"], metrics["exact_match"]["mean"], steps, seconds]

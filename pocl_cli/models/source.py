@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pocl_cli.artifacts.hashing import HashCache
 from pocl_cli.artifacts.manifest import MANIFEST
 from pocl_cli.errors import ArtifactError, ConfigError
-from pocl_cli.models import folder
+from pocl_cli.models import folder, toy_tokenizer
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.store import Store
@@ -167,10 +166,7 @@ def _resolve_tokenizer(
 ) -> tuple[Path | HubCommit | None, dict[str, Any]]:
     if name == TOY:
         _refuse_revision(revision, name)
-        from pocl_cli.models.toy_tokenizer import build_toy_tokenizer
-
-        serialised = build_toy_tokenizer().backend_tokenizer.to_str()
-        return None, {"toy": hashlib.sha256(serialised.encode()).hexdigest()}
+        return None, {"toy": toy_tokenizer.VERSION}
     place = _place(name, None)
     if isinstance(place, str):
         from pocl_cli.models import hub

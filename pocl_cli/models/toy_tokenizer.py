@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Rises when the same text would give other token ids: it stands for the tokenizer in the ids of artifacts.
+VERSION = 1
+
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|end|>"
 MAX_LENGTH = 512

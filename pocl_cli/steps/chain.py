@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pocl_cli import config as configuration
-from pocl_cli.artifacts.hashing import HashCache
+from pocl_cli.artifacts.hashing import HashCache, sha256_file
 from pocl_cli.artifacts.manifest import ArtifactKey
 from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
 from pocl_cli.data.sources import dataset_identity
+from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
 from pocl_cli.registry import describe
-from pocl_cli.schema import DatasetConfig, PoclConfig
+from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
 VERSIONS = {"scores": 1, "partitions": 1, "students": 1, "evaluations": 1}
@@ -84,6 +85,11 @@ class Chain:
     def dataset(self) -> dict[str, Any]:
         return self._dataset(self.config.dataset)
 
+    @property
+    def measured(self) -> list[str]:
+        """The models that `pocl score` measures, the student last: its scores are the result."""
+        return ["teacher", "student"] if self.config.score.teacher and self.teacher is not None else ["student"]
+
     def score_key(self, who: str) -> ArtifactKey:
         """The scores of one measured model, `student` or `teacher`: the teacher is not asked to generate."""
         source = self.student if who == "student" else self.teacher
@@ -130,20 +136,44 @@ class Chain:
         slug = f"{self._label('student')}-{config.kd_method.name}-{config.curriculum.name}-seed{config.train.seed}"
         return self._key("students", slug, identity)
 
-    def evaluation_key(self, model: dict[str, Any], label: str) -> ArtifactKey:
-        """The evaluation of `model` (an identity) on the configured sets."""
+    @cached_property
+    def evaluated(self) -> tuple[ModelSource, str]:
+        """The model that is evaluated, and its short name."""
+        which = self.config.evaluation.model
+        if which == "teacher":
+            assert self.teacher is not None, "configuration refuses the teacher of teacher=none"
+            return self.teacher, self.config.teacher.name
+        if which in (None, "student"):
+            artifact = obtain(self.run, "distill", self.student_key, self.store)
+            return self._at(str(artifact.path)), self.student_key.slug
+        source = self._at(which)
+        return source, source.label
+
+    @cached_property
+    def evaluation_key(self) -> ArtifactKey:
+        """The evaluation of a model, or of answers made elsewhere, on the configured sets."""
         evaluation = self.config.evaluation
-        identity: dict[str, Any] = {
-            "model": model,
-            "datasets": {one.name: self._dataset(one) for one in evaluation.datasets},
-        }
-        if evaluation.predictions is None:
+        identity: dict[str, Any] = {"datasets": {one.name: self._dataset(one) for one in evaluation.datasets}}
+        if evaluation.predictions is not None:
+            path = Path(evaluation.predictions).expanduser()
+            if not path.is_file():
+                fix = "name a JSON lines file, an answer a row"
+                raise DataError(f"no file {path}", where="evaluation.predictions", fix=fix)
+            label = path.name.split(".")[0]
+            identity["model"] = {"predictions": sha256_file(path)}
+        else:
+            source, label = self.evaluated
             identity |= {
+                "model": source.identity,
                 "seeds": list(evaluation.seeds),
                 "decoding": evaluation.decoding.model_dump(mode="json"),
                 "precision": self.config.hardware.precision,
             }
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)
+
+    def _at(self, path: str) -> ModelSource:
+        section = TeacherConfig(name="evaluated", path=path, experiment=None, overrides=(), revision=None, dtype="auto")
+        return resolve_teacher(section, self.store, hashes=self.hashes)
 
     def _label(self, who: str) -> str:
         """A short name for slugs: of a student made here its recipe's, else the folder's or the hub's."""

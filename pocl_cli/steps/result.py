@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,10 @@ def obtain(run: Run, step: str, key: ArtifactKey, store: Store) -> Artifact:
         return found
     if run.config.upstream == "auto":
         get_logger().info("%s %s does not exist yet: making it first (pocl %s)", key.kind, key.id, step)
-        result = importlib.import_module(f"pocl_cli.steps.{step}").run(run.for_step(step))
-        assert isinstance(result, StepResult), "a step that is not planned gives a result"
+        from pocl_cli.steps.dispatch import run_step
+
+        result = run_step(run.for_step(step))
+        assert result is not None, "a step that is not planned gives a result"
         assert result.artifact.id == key.id, f"{step} made {result.artifact.id}, not {key.id}"
         return result.artifact
     raise ArtifactError(

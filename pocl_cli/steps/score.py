@@ -47,10 +47,8 @@ SCORES = pa.schema(
 def run(run: Run) -> StepResult:
     """Measures both models, one artifact each; the result is the student's."""
     chain = Chain(run)
-    measured = ["teacher"] if run.config.score.teacher and chain.teacher is not None else []
-    for who in measured:
-        _measure(chain, who)
-    return _measure(chain, "student")
+    results = [_measure(chain, who) for who in chain.measured]
+    return results[-1]
 
 
 def read_scores(store: Store, artifact: Artifact) -> list[ScoredRecord]:

@@ -14,6 +14,7 @@ from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.errors import ArtifactError
 from pocl_cli.steps import distill, evaluate, partition, score
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.dispatch import run_step
 
 from ..support.folders import memory_folder
 from ..support.recipe import recipe, write_inputs
@@ -113,7 +114,7 @@ def test_steps_when_run_in_their_order_then_each_finds_the_one_before(folder: Pa
     lines = (evaluated.artifact.path / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 30
     for step, made in ((score, scored), (partition, parted), (distill, trained), (evaluate, evaluated)):
-        again = step.run(compose_run(step.__name__.rpartition(".")[2], overrides))
+        again = run_step(compose_run(step.__name__.rpartition(".")[2], overrides))
         assert again is not None
         assert (again.artifact.id, again.made) == (made.artifact.id, False)
 

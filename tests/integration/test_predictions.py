@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 
 from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.errors import DataError
-from pocl_cli.steps import evaluate
+from pocl_cli.steps.dispatch import run_step
 
 SHARED = Path(os.environ.get("POCL_SHARED", Path(__file__).parents[2].parent / "shared"))
 ROWS = [
@@ -31,7 +31,7 @@ def metrics(predictions: Path, rows: Path, outputs: Path) -> dict[str, dict[str,
     overrides = [
         f"evaluation.predictions={predictions}", f"evaluation.datasets=[{rows}]", f"paths.outputs={outputs}"
     ]  # fmt: skip
-    artifact = evaluate.run(compose_run("evaluate", overrides)).artifact
+    artifact = run_step(compose_run("evaluate", overrides)).artifact
     return json.loads((artifact.path / "metrics.json").read_text())["datasets"]
 
 

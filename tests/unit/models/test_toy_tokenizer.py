@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from pocl_cli.models.toy_tokenizer import (
     EOS_TOKEN,
     PAD_TOKEN,
     TEMPLATE_STRINGS,
+    VERSION,
     WORDS,
     build_toy_tokenizer,
 )
@@ -128,3 +130,9 @@ def test_tokenizer_when_saved_and_loaded_then_is_the_same_and_needs_no_code(tmp_
 
 def test_tokenizer_when_built_twice_then_is_the_same() -> None:
     assert build_toy_tokenizer().backend_tokenizer.to_str() == build_toy_tokenizer().backend_tokenizer.to_str()
+
+
+def test_vocabulary_when_it_is_this_version_then_its_ids_are_these() -> None:
+    vocabulary = json.dumps(TOY.get_vocab(), sort_keys=True)
+    digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+    assert (VERSION, digest[:16]) == (1, "3b16d94f5b675ec8"), "other ids: raise VERSION, then change this line"
