@@ -168,7 +168,9 @@ def _student(chain: Chain, loaded: LoadedModel, hardware: Hardware) -> StudentWi
         teacher_width=teacher.num_logits if teacher else None,
     )
     if chain.config.student.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable()
+        # The newer name of the same switch, where this transformers has it.
+        enable = getattr(loaded.model, "activation_checkpointing_enable", None)
+        (enable or loaded.model.gradient_checkpointing_enable)()
     return StudentWithObjective(
         headed,
         method=chain.config.kd_method,

@@ -73,7 +73,7 @@ def test_journal_when_resumed_then_drops_what_was_flushed_after_the_checkpoint(t
     write_steps(killed, range(4, 6))  # flushed, but the checkpoint of step 3 is the newest
 
     resumed = open_journal(tmp_path / "killed", TrainingState(step=3, metrics_bytes=size))
-    write_steps(resumed, range(4, 6))
+    write_steps(resumed, range(4, 6), flush_every=5)  # at other steps than before
 
     whole.close()
     resumed.close()
