@@ -142,7 +142,7 @@ class Chain:
         which = self.config.evaluation.model
         if which == "teacher":
             assert self.teacher is not None, "configuration refuses the teacher of teacher=none"
-            return self.teacher, self.config.teacher.name
+            return self.teacher, self._label("teacher")
         if which in (None, "student"):
             artifact = obtain(self.run, "distill", self.student_key, self.store)
             return self._at(str(artifact.path)), self.student_key.slug
