@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## distil a tiny model on toy data from end to end: no network, about five minutes
 	$(BIN)/python tools/demo.py
 
-demo-smollm2: $(INSTALLED) ## the same with SmolLM2-135M (from PyPI) and 6 of its layers: about half an hour
+demo-smollm2: $(INSTALLED) ## the same with SmolLM2-135M (from PyPI) and 6 of its layers: the better part of an hour
 	$(PIP) install --quiet $(TESTED) -e '.[gguf]'
 	$(BIN)/python tools/demo.py smollm2
 
