@@ -46,7 +46,7 @@ RESOURCE_ERRORS = {getattr(errno, name) for name in _LACKS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `pocl`. Exits with the codes of DESIGN §1."""
+    """Entry point of `pocl`. Exits with the codes that the README lists."""
     sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
 
 

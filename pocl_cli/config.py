@@ -27,7 +27,7 @@ from pocl_cli.redaction import scrub_command, scrub_values
 from pocl_cli.schema import PoclConfig
 from pocl_cli.validation import preset_names, validate
 
-# What passes from a caller to the recipe that makes its teacher or student (DESIGN §1).
+# What passes from a caller to the recipe that makes its teacher or student.
 PASSED_ON = ("paths", "hardware", "tracker", "upstream")
 
 

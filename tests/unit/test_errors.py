@@ -7,7 +7,7 @@ import pytest
 from pocl_cli import errors
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 
-# DESIGN §1. 0, 1, 8, 130 and 143 have no class here.
+# The exit codes of the README. 0, 1, 8, 130 and 143 have no class here.
 EXIT_CODES = {
     "ConfigError": 2,
     "DataError": 3,

@@ -1,4 +1,4 @@
-"""Every format, and every fault that a file of rows can have (FAULTS: data)."""
+"""Every format, and every fault that a file of rows can have."""
 
 from __future__ import annotations
 
