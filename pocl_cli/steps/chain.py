@@ -1,6 +1,6 @@
 """Which artifacts a set of overrides addresses: the four commands compute the same keys and so find each other's work.
 
-A key's identity holds all that decides the artifact's content and nothing else (docs/adr/0001): not the device, threads,
+A key's identity holds all that decides the artifact's content and nothing else: not the device, threads,
 paths, tracker or logging. Raise a kind's version when its output would change.
 """
 
