@@ -134,7 +134,8 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], tokens: float, response_tokens
     if teacher:
         memory += teacher.parameters * teacher.weight_bytes
         work += (teacher.parameters - teacher.embedding) * tokens + teacher.embedding * response_tokens
-    disk = student.parameters * 4 * (3 * KEPT + 2)
+    # While a checkpoint is saved: one more than are kept, each with two moments, a best state for each, and the model.
+    disk = student.parameters * 4 * (4 * (KEPT + 1) + 1)
     return {
         "memory (estimate)": f"{memory / 2**30:.1f} GiB on {hardware.device}",
         "disk (estimate)": f"{disk / 2**30:.1f} GiB while it runs, {student.parameters * 4 / 2**30:.1f} GiB kept",
