@@ -134,7 +134,7 @@ def _best_match(candidates: list[OutputHead], hidden_ND: Tensor, logits_NV: Tens
 def _largest_difference(logits_NV: Tensor, expected_NV: Tensor) -> float:
     if logits_NV.shape != expected_NV.shape:
         return float("inf")
-    return (logits_NV.double() - expected_NV.double()).abs().max().item()
+    return (logits_NV.cpu().double() - expected_NV.cpu().double()).abs().max().item()
 
 
 def _candidate_heads(model: PreTrainedModel, num_logits: int) -> Iterator[OutputHead]:

@@ -22,7 +22,7 @@ from pocl_cli.steps.answers import Answer, answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import commit_evaluation, evaluate_predictions, prediction_lines, report
 from pocl_cli.steps.result import StepResult
-from pocl_cli.steps.rows import tokenised_rows
+from pocl_cli.steps.rows import tell_losses, tokenised_rows
 from pocl_cli.training.measure import measure_cross_entropy
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ def _evaluate_dataset(
     chain: Chain, dataset: DatasetConfig, loaded: LoadedModel, hardware: Hardware, work: Work
 ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
     evaluation = chain.config.evaluation
-    records = load_dataset(dataset).records
-    tokenised = tokenised_rows(records, loaded.tokenizer, dataset, chain.config.paths.outputs)
+    source = load_dataset(dataset)
+    tokenised = tokenised_rows(source.records, loaded.tokenizer, dataset, chain.config.paths.outputs)
+    tell_losses(dataset.name, tokenised, (*source.dropped, *tokenised.dropped))
     rows = [tokenised.row(record_id) for record_id in tokenised.ids]
-    by_id = {record.id: record for record in records}
+    by_id = {record.id: record for record in source.records}
     records = tuple(by_id[row.id] for row in rows)
     measured = measure_cross_entropy(
         split_model(loaded.model),

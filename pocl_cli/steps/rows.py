@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocl_cli.data.dropped import reasons_text
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.data.split import split_dev
 from pocl_cli.data.tokenise import TokenisedDataset, tokenise, tokenizer_hash
@@ -37,8 +38,12 @@ def training_rows(config: PoclConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
     train, dev = split_dev(loaded.records, config.dataset.dev_size, config.dataset.seed)
     tokenised = tokenised_rows(train, tokenizer, config.dataset, config.paths.outputs)
     dropped = (*loaded.dropped, *tokenised.dropped)
-    dev_rows = tokenised_rows(dev, tokenizer, config.dataset, config.paths.outputs) if dev else None
-    _report(config.dataset.name, tokenised, dropped, dev_rows)
+    tell_losses(f"{config.dataset.name}, training", tokenised, dropped)
+    dev_rows = None
+    if dev:
+        dev_rows = tokenised_rows(dev, tokenizer, config.dataset, config.paths.outputs)
+        tell_losses(f"{config.dataset.name}, dev", dev_rows, dev_rows.dropped)
+        dropped = (*dropped, *dev_rows.dropped)
     return TrainingRows(tokenised, dev_rows, {record.id: record for record in loaded.records}, dropped)
 
 
@@ -57,15 +62,16 @@ def tokenised_rows(
     return tokenised
 
 
-def _report(name: str, train: TokenisedDataset, dropped: Sequence[DroppedRow], dev: TokenisedDataset | None) -> None:
-    level = logging.INFO if dropped or train.num_prompt_cut or train.num_response_cut else logging.DEBUG
+def tell_losses(what: str, rows: TokenisedDataset, dropped: Sequence[DroppedRow]) -> None:
+    """Logs how many rows there are (`what` names them), and which were dropped or cut; a quiet line where none was."""
+    lost = bool(dropped or rows.num_prompt_cut or rows.num_response_cut)
     get_logger().log(
-        level,
-        "%s: %d training rows, %d dev rows; %d dropped, %d prompts and %d responses cut",
-        name,
-        len(train),
-        len(dev) if dev else 0,
+        logging.INFO if lost else logging.DEBUG,
+        "%s: %d rows; %d dropped%s, %d prompts and %d responses cut",
+        what,
+        len(rows),
         len(dropped),
-        train.num_prompt_cut,
-        train.num_response_cut,
+        f" ({reasons_text(dropped)})" if dropped else "",
+        rows.num_prompt_cut,
+        rows.num_response_cut,
     )

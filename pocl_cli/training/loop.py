@@ -207,6 +207,7 @@ def _accumulate(
     job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward and backward over the micro-batches of a global batch; its loss, CE and KD per response token."""
+    # On the CPU first: MPS has no float64.
     totals = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
     for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch):
         output = job.student(
@@ -217,7 +218,7 @@ def _accumulate(
         )
         output.loss.backward()
         parts = (output.loss.detach(), output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1))
-        totals = [total + part.to("cpu", torch.float64) for total, part in zip(totals, parts, strict=True)]
+        totals = [total + part.cpu().double() for total, part in zip(totals, parts, strict=True)]
     return totals[0], totals[1], totals[2]
 
 

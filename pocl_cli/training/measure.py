@@ -44,7 +44,7 @@ def measure_cross_entropy(
                 chunk_tokens=tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb),
             )
         lengths = [len(row.response_ids) for row in group]
-        for row, ce_n in zip(group, ce_N.double().cpu().split(lengths), strict=True):
+        for row, ce_n in zip(group, ce_N.cpu().double().split(lengths), strict=True):
             measured[row.id] = ScoredRecord(row.id, len(row.prompt_ids), len(row.response_ids), float(ce_n.mean()))
         if advance is not None:
             advance(len(group))

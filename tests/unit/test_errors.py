@@ -61,4 +61,4 @@ def test_printable_when_text_is_harmless_then_it_stays(text: str) -> None:
 
 
 def test_printable_when_text_holds_a_lone_surrogate_then_it_is_escaped() -> None:
-    printable("\ud800").encode("utf-8")
+    assert printable("a\ud800") == "a\\ud800"
