@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pocl_cli.models.batch import Batch
     from pocl_cli.models.head import HeadedModel
 
 
@@ -29,6 +30,9 @@ class OnlineTeacher:
         return self._headed.num_logits
 
     @torch.no_grad()
-    def hidden_states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, position_mask_BL: Tensor) -> Tensor:
-        """The final hidden states of the selected positions `[N, E]`, without dropout and without gradients."""
-        return self._headed.hidden_states(input_ids_BL, attention_mask_BL, position_mask_BL)
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
+
+        Row after row in the order of `batch.ids`, each row's tokens in order.
+        """
+        return self._headed.hidden_states(batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)

@@ -17,50 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from pocl_cli.losses.divergence import KDMethod
+from pocl_cli.models.batch import Batch
 from pocl_cli.records import TokenisedRow
 
 # Peak memory of a chunk per token and real token: logits, log-probabilities and their gradients of both models, in
 # float32. Measured with gradients: 49 bytes for jsd, 43 srkl, 40 sfkl, 28 fkl and rkl, 27 tvd, 20 sft; the rest is for
 # 16-bit logits beside their float32 copy, padding rows, and the allocator.
 BYTES_PER_LOGIT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows side by side, padded on the right.
-
-    Attributes:
-        ids: record ids of the B rows.
-        input_ids_BL: prompt, response, padding.
-        attention_mask_BL: 1 for prompt and response, 0 for padding.
-        position_mask_BL: True where the next token is a response token: the positions whose hidden states count.
-        targets_N: the response tokens, in the row-major order of `position_mask_BL`.
-    """
-
-    ids: tuple[str, ...]
-    input_ids_BL: Tensor
-    attention_mask_BL: Tensor
-    position_mask_BL: Tensor
-    targets_N: Tensor
-
-    @property
-    def num_response_tokens(self) -> int:
-        return self.targets_N.shape[0]
-
-    @property
-    def row_indices(self) -> Tensor:
-        """The row (0..B − 1) that each response token belongs to `[N]`."""
-        return self.position_mask_BL.nonzero()[:, 0]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
-        return Batch(
-            self.ids,
-            self.input_ids_BL.to(device),
-            self.attention_mask_BL.to(device),
-            self.position_mask_BL.to(device),
-            self.targets_N.to(device),
-        )
 
 
 def response_positions(num_prompt_tokens: int, num_response_tokens: int) -> slice:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pocl_cli.training.objective import (
-    Batch,
     ObjectiveOutput,
     distillation_loss,
     effective_kd_ratio,
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pocl_cli.losses.divergence import KDMethod
+    from pocl_cli.models.batch import Batch
     from pocl_cli.models.device import Hardware
     from pocl_cli.models.head import HeadedModel
     from pocl_cli.models.teacher import OnlineTeacher
@@ -54,7 +54,7 @@ class StudentWithObjective(nn.Module):
         places = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)
         ratio = effective_kd_ratio(self.method, kd_ratio)
         with self.hardware.autocast():
-            teacher_hidden_NE = self.teacher.hidden_states(*places) if ratio and self.teacher is not None else None
+            teacher_hidden_NE = self.teacher.hidden_states(batch) if ratio and self.teacher is not None else None
             return distillation_loss(
                 self.headed.hidden_states(*places),
                 self.headed.head,
