@@ -52,7 +52,14 @@ class OutputHead(nn.Module):
         self.multiplier, self.divisor, self.soft_cap = multiplier, divisor, soft_cap
 
     def forward(self, hidden_nD: Tensor) -> Tensor:
-        logits_nV: Tensor = hidden_nD if self.projection is None else self.projection(hidden_nD)
+        return self.shape_logits(self.project(hidden_nD))
+
+    def project(self, hidden_nD: Tensor) -> Tensor:
+        """The output layer alone `[n, V]`."""
+        return hidden_nD if self.projection is None else self.projection(hidden_nD)
+
+    def shape_logits(self, logits_nV: Tensor) -> Tensor:
+        """What is done to each projected value: factors and cap. The same tensor where there is none."""
         if self.multiplier != 1:
             logits_nV = logits_nV * self.multiplier
         if self.divisor != 1:

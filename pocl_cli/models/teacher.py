@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pocl_cli.models.batch import Batch
-    from pocl_cli.models.head import HeadedModel
+    from pocl_cli.models.head import HeadedModel, OutputHead
 
 
 class OnlineTeacher:
@@ -20,7 +20,7 @@ class OnlineTeacher:
         self._headed = headed.eval().requires_grad_(False)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> OutputHead:
         """Hidden states → logits."""
         return self._headed.head
 

@@ -41,7 +41,7 @@ def measure_cross_entropy(
                 headed.head,
                 batch.targets_N,
                 num_real_tokens=num_real_tokens,
-                chunk_tokens=tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb),
+                chunk_tokens=tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, hardware.device),
             )
         lengths = [len(row.response_ids) for row in group]
         for row, ce_n in zip(group, ce_N.cpu().double().split(lengths), strict=True):

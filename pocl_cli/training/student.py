@@ -42,7 +42,7 @@ class StudentWithObjective(nn.Module):
         self.headed = headed
         self.method, self.teacher = method, teacher
         self.num_real_tokens, self.hardware = num_real_tokens, hardware
-        self.chunk_tokens = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb)
+        self.chunk_tokens = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, hardware.device)
 
     @property
     def backbone(self) -> PreTrainedModel:
