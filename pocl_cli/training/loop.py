@@ -65,7 +65,6 @@ class TrainingJob:
     rows: Rows
     settings: LoopSettings
     folder: Path
-    pad_token_id: int
     evaluate_dev: Callable[[], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None]
     show: Advance = field(default=lambda n, note="": None)
@@ -209,9 +208,9 @@ def _accumulate(
     """Forward and backward over the micro-batches of a global batch; its loss, CE and KD per response token."""
     # On the CPU first: MPS has no float64.
     totals = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
-    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch):
+    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch, packs=job.student.packs):
         output = job.student(
-            collate(group, job.pad_token_id),
+            collate(group),
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             normaliser=max(num_tokens, 1),

@@ -33,11 +33,11 @@ def measure_cross_entropy(
     was_training = headed.training
     headed.eval()
     measured: dict[str, ScoredRecord] = {}
-    for group in micro_batches(rows, hardware.max_tokens_per_micro_batch):
-        batch = collate(group, pad_token_id).to(hardware.device)
+    for group in micro_batches(rows, hardware.max_tokens_per_micro_batch, packs=headed.packs):
+        batch = collate(group).to(hardware.device)
         with hardware.autocast():
             ce_N = cross_entropy_per_token(
-                headed.hidden_states(batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL),
+                headed.hidden_states(batch),
                 headed.head,
                 batch.targets_N,
                 num_real_tokens=num_real_tokens,

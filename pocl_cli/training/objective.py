@@ -2,7 +2,7 @@
 
 The only place that shifts labels, masks, applies temperature, runs output heads, sums and normalises.
 
-B rows, L positions, N response tokens of a batch, n of a chunk, t of a tile, D and E hidden sizes of student and
+N response tokens of a batch, n of a chunk, t of a tile, D and E hidden sizes of student and
 teacher, V logits.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pocl_cli.losses.divergence import KDMethod
-from pocl_cli.models.batch import Batch
+from pocl_cli.models.batch import Batch, make_batch
 from pocl_cli.models.head import OutputHead
 from pocl_cli.records import TokenisedRow
 from pocl_cli.training.projection import project_with_gradient
@@ -35,27 +35,23 @@ BYTES_PER_LOGIT_OF_TILE = 56
 TILE_BYTES_ON_CPU = 2**20
 
 
-def response_positions(num_prompt_tokens: int, num_response_tokens: int) -> slice:
+def response_positions(num_prompt_tokens: int, num_response_tokens: int) -> range:
     """The positions of a row that predict its response: position t predicts token t + 1."""
     assert num_prompt_tokens > 0, "a row needs a prompt token that predicts the first token of its response"
-    return slice(num_prompt_tokens - 1, num_prompt_tokens - 1 + num_response_tokens)
+    return range(num_prompt_tokens - 1, num_prompt_tokens - 1 + num_response_tokens)
 
 
-def collate(rows: Sequence[TokenisedRow], pad_id: int) -> Batch:
-    """Puts rows side by side, padded on the right to the longest.
+def collate(rows: Sequence[TokenisedRow]) -> Batch:
+    """Rows as a batch: which positions count and what follows them comes from the lengths, never from a token's id.
 
-    Masks and targets come from the lengths, never from `pad_id`: where EOS is also the padding token, it is trained on.
+    Where EOS is also the padding token, it is trained on.
     """
-    shape = (len(rows), max(row.num_tokens for row in rows))
-    input_ids_BL = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask_BL = torch.zeros(shape, dtype=torch.long)
-    position_mask_BL = torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids_BL[i, : row.num_tokens] = torch.tensor([*row.prompt_ids, *row.response_ids], dtype=torch.long)
-        attention_mask_BL[i, : row.num_tokens] = 1
-        position_mask_BL[i, response_positions(len(row.prompt_ids), len(row.response_ids))] = True
-    targets_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long)
-    return Batch(tuple(row.id for row in rows), input_ids_BL, attention_mask_BL, position_mask_BL, targets_N)
+    return make_batch(
+        [row.id for row in rows],
+        [[*row.prompt_ids, *row.response_ids] for row in rows],
+        [response_positions(len(row.prompt_ids), len(row.response_ids)) for row in rows],
+        [token for row in rows for token in row.response_ids],
+    )
 
 
 class ObjectiveOutput(NamedTuple):

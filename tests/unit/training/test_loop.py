@@ -427,7 +427,7 @@ def test_signal_when_it_comes_inside_a_step_then_that_step_is_given_up_at_once(t
             os.kill(os.getpid(), signal.SIGTERM)
 
     job.student.register_forward_pre_hook(lambda *_: reached.append("in"))
-    job.student.headed.head.register_forward_pre_hook(kill_in_step)
+    job.student.headed.head.projection.register_forward_pre_hook(kill_in_step)
     job.student.register_forward_hook(lambda *_: reached.append("out"))
 
     with pytest.raises(Interrupted):

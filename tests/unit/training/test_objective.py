@@ -86,7 +86,7 @@ def case():
 
 
 def test_response_positions_are_one_before_the_response():
-    assert list(range(10))[response_positions(4, 3)] == [3, 4, 5]
+    assert list(response_positions(4, 3)) == [3, 4, 5]
 
 
 def test_response_positions_without_a_prompt_stop():
@@ -94,29 +94,37 @@ def test_response_positions_without_a_prompt_stop():
         response_positions(0, 3)
 
 
-def test_collate_of_rows_of_unequal_length_pads_on_the_right_and_shifts_by_one():
-    batch = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))], pad_id=0)
+def test_collate_of_rows_of_unequal_length_puts_them_one_after_another_and_shifts_by_one():
+    batch = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))])
 
     assert batch.ids == ("a", "b")
-    assert batch.input_ids_BL.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
-    assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch.position_mask_BL.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9, 3, 4]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.selected_N.tolist() == [1, 2, 3, 5]
     assert batch.targets_N.tolist() == [7, 8, 9, 4]
-    assert batch.row_indices.tolist() == [0, 0, 0, 1]
     assert batch.num_response_tokens == 4
 
 
+def test_batch_side_by_side_is_padded_on_the_right():
+    rows = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))]).padded()
+
+    assert rows.input_ids_BL.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert rows.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert rows.selected_N.tolist() == [1, 2, 3, 5]
+
+
 def test_collate_where_eos_is_the_padding_token_keeps_eos_as_a_target():
-    batch = collate([TokenisedRow("a", [5], [7, 0]), TokenisedRow("b", [5, 6, 6], [0])], pad_id=0)
+    batch = collate([TokenisedRow("a", [5], [7, 0]), TokenisedRow("b", [5, 6, 6], [0])])
 
     assert batch.targets_N.tolist() == [7, 0, 0]
-    assert batch.position_mask_BL.sum().item() == 3
+    assert batch.padded().selected_N.tolist() == [0, 1, 6]
+    assert batch.padded().attention_mask_BL.sum() == 7
 
 
 def test_collate_of_a_row_without_response_selects_nothing_of_it():
-    batch = collate([TokenisedRow("a", [5, 6], []), TokenisedRow("b", [5], [7])], pad_id=0)
+    batch = collate([TokenisedRow("a", [5, 6], []), TokenisedRow("b", [5], [7])])
 
-    assert batch.position_mask_BL.int().tolist() == [[0, 0], [1, 0]]
+    assert batch.selected_N.tolist() == [2]
     assert batch.targets_N.tolist() == [7]
 
 
@@ -376,12 +384,11 @@ def train_on(student, teacher, rows, micro_batch=None, normaliser=NUM_RESPONSE_T
     """Accumulates gradients over micro-batches; the total loss."""
     total = 0.0
     for start in range(0, len(rows), micro_batch or len(rows)):
-        batch = collate(rows[start : start + (micro_batch or len(rows))], EOS)
-        inputs = batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL
+        batch = collate(rows[start : start + (micro_batch or len(rows))])
         with torch.no_grad():
-            teacher_hidden = teacher.hidden_states(*inputs)
+            teacher_hidden = teacher.hidden_states(batch)
         output = distillation_loss(
-            student.hidden_states(*inputs),
+            student.hidden_states(batch),
             student.head,
             batch.targets_N,
             method=method("jsd"),
@@ -458,16 +465,17 @@ def test_training_step_where_no_row_has_a_response_gives_every_parameter_a_zero_
     assert all((parameter.grad == 0).all() for parameter in student.parameters())
 
 
-def test_gradient_of_prompt_padding_and_last_positions_is_zero():
-    batch = collate(ROWS[:3], EOS)
+def test_gradient_of_prompt_and_last_positions_is_zero():
+    batch = collate(ROWS[:3])
     case = Case()
-    hidden = torch.randn(*batch.input_ids_BL.shape, STUDENT_SIZE, dtype=torch.float64, requires_grad=True)
-    case.hidden, case.targets = hidden[batch.position_mask_BL], batch.targets_N
+    hidden = torch.randn(len(batch.input_ids_T), STUDENT_SIZE, dtype=torch.float64, requires_grad=True)
+    case.hidden, case.targets = hidden[batch.selected_N], batch.targets_N
 
     case.loss(method=method("sft")).loss.backward()
 
-    assert (hidden.grad[~batch.position_mask_BL] == 0).all()
-    assert (hidden.grad[batch.position_mask_BL] != 0).any(dim=1).all()
+    others = torch.ones(len(hidden), dtype=torch.bool).index_fill(0, batch.selected_N, False)
+    assert (hidden.grad[others] == 0).all()
+    assert (hidden.grad[~others] != 0).any(dim=1).all()
 
 
 # ── scoring and sizes ─────────────────────────────────────────────────────────────────────────────────────────────────
