@@ -11,8 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
-from pocl_cli.artifacts.manifest import Artifact
-from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
@@ -32,7 +30,7 @@ from pocl_cli.training.measure import measure_cross_entropy
 # Rows that are measured and committed together. Batches are formed inside a shard, and shards depend on the rows
 # alone, so an interrupted step that resumes measures the same batches.
 SHARD_ROWS = 128
-SCORES = pa.schema(
+MEASURED = pa.schema(
     [
         ("id", pa.string()),
         ("num_prompt_tokens", pa.int32()),
@@ -42,6 +40,8 @@ SCORES = pa.schema(
         ("rouge_l", pa.float64()),
     ]
 )
+# `instruction` is its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
+SCORES = MEASURED.append(pa.field("instruction", pa.string()))
 
 
 def run(run: Run) -> StepResult:
@@ -49,12 +49,6 @@ def run(run: Run) -> StepResult:
     chain = Chain(run)
     results = [_measure(chain, who) for who in chain.measured]
     return results[-1]
-
-
-def read_scores(store: Store, artifact: Artifact) -> list[ScoredRecord]:
-    """The rows of a scores artifact, after its files have been hashed again."""
-    store.verify(artifact)
-    return [ScoredRecord(**row) for row in pq.read_table(artifact.path / "scores.parquet").to_pylist()]
 
 
 def _measure(chain: Chain, who: str) -> StepResult:
@@ -70,7 +64,9 @@ def _measure(chain: Chain, who: str) -> StepResult:
         rows, loaded = _load(chain, who, hardware)
         with memory_errors_explained(hardware, f"measuring the {who}"):
             scored = _measure_in_shards(chain.config, who, rows, loaded, hardware, work.path / "shards")
-        durable.write_parquet(work.path / "scores.parquet", _table(scored))
+        beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
+        table = pa.table([*_table(scored).columns, beginnings], schema=SCORES)
+        durable.write_parquet(work.path / "scores.parquet", table)
         durable.write_jsonl(
             work.path / "dropped.jsonl",
             [{"location": row.location, "reason": row.reason, "id": row.id} for row in rows.dropped],
@@ -173,8 +169,8 @@ def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:
 
 
 def _table(scored: Sequence[ScoredRecord]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in SCORES.names}
-    return pa.table(columns, schema=SCORES)
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in MEASURED.names}
+    return pa.table(columns, schema=MEASURED)
 
 
 def _figures(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
