@@ -16,10 +16,9 @@ from torch import Tensor
 
 
 class PaddedRows(NamedTuple):
-    """Rows side by side, padded on the right with token 0: causal models let no token see what follows it."""
+    """Rows side by side, padded on the right with token 0. Causal models need no mask: no token sees what follows it."""
 
     input_ids_BL: Tensor
-    attention_mask_BL: Tensor  # 1 for prompt and response, 0 for padding
     selected_N: Tensor  # index among B·L of every token whose next one is a response token
 
 
@@ -52,13 +51,8 @@ class Batch:
         longest = max(self.lengths)
         cells_T = _cells(self.lengths, longest).to(self.input_ids_T.device, non_blocking=True)
         input_ids_BL = self.input_ids_T.new_zeros(len(self.lengths) * longest)
-        attention_mask_BL = torch.zeros_like(input_ids_BL)
-        shape = (len(self.lengths), longest)
-        return PaddedRows(
-            input_ids_BL.index_copy(0, cells_T, self.input_ids_T).view(shape),
-            attention_mask_BL.index_fill(0, cells_T, 1).view(shape),
-            cells_T[self.selected_N],
-        )
+        input_ids_BL = input_ids_BL.index_copy(0, cells_T, self.input_ids_T).view(-1, longest)
+        return PaddedRows(input_ids_BL, cells_T[self.selected_N])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

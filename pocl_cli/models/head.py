@@ -125,6 +125,8 @@ def split_model(model: PreTrainedModel) -> HeadedModel:
 
     The head is compared with the model's own logits on a small batch, so call this before the model is sharded.
     """
+    # GPT-2 would read the token ids back from the device, and warn that a mask is missing.
+    model.base_model.warn_if_padding_and_no_attention_mask = _no_mask_is_needed  # type: ignore[assignment]
     with torch.no_grad(), _evaluation_mode(model):
         probe = _probe_batch(model)
         logits_NV = _select(model, "logits", probe.padded())
@@ -178,12 +180,7 @@ def _candidate_heads(model: PreTrainedModel, num_logits: int) -> Iterator[Output
 
 def _select(module: nn.Module, output: str, rows: PaddedRows) -> Tensor:
     """One output of the selected positions `[N, …]`."""
-    arguments: dict[str, object] = {
-        "input_ids": rows.input_ids_BL,
-        "attention_mask": rows.attention_mask_BL,
-        "use_cache": False,
-    }
-    values_BLX: Tensor = getattr(module(**arguments), output)
+    values_BLX: Tensor = getattr(module(input_ids=rows.input_ids_BL, use_cache=False), output)
     return values_BLX.flatten(0, 1).index_select(0, rows.selected_N)
 
 
@@ -194,6 +191,10 @@ def _probe_batch(model: PreTrainedModel) -> Batch:
     ids = iter((torch.arange(18) * 7919 % embedding.shape[0]).tolist())
     rows = [[next(ids) for _ in range(length)] for length in (8, 3, 7)]
     return make_batch("abc", rows, [range(len(row)) for row in rows], []).to(model.device)
+
+
+def _no_mask_is_needed(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Stands in for a warning of transformers: padding, where there is any, is on the right."""
 
 
 @contextmanager

@@ -109,7 +109,6 @@ def test_batch_side_by_side_is_padded_on_the_right():
     rows = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))]).padded()
 
     assert rows.input_ids_BL.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
-    assert rows.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert rows.selected_N.tolist() == [1, 2, 3, 5]
 
 
@@ -118,7 +117,6 @@ def test_collate_where_eos_is_the_padding_token_keeps_eos_as_a_target():
 
     assert batch.targets_N.tolist() == [7, 0, 0]
     assert batch.padded().selected_N.tolist() == [0, 1, 6]
-    assert batch.padded().attention_mask_BL.sum() == 7
 
 
 def test_collate_of_a_row_without_response_selects_nothing_of_it():
