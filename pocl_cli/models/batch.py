@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class PaddedRows(NamedTuple):
-    """Rows side by side, padded on the right with token 0. Causal models need no mask: no token sees what follows it."""
+    """Rows side by side, padded on the right with token 0. Causal models need no mask: none sees what follows."""
 
     input_ids_BL: Tensor
     selected_N: Tensor  # index among B·L of every token whose next one is a response token

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_cli.log import get_logger
+from pocl_cli.models import attention
 from pocl_cli.models.batch import Batch, PaddedRows, make_batch
-from pocl_cli.models.packing import keeps_rows_apart, packed_hidden_states
 
 # Names under which architectures keep the factor on their logits and the cap on them. Whether a model uses what its
 # configuration names, and which way round, only the comparison with its own logits tells.
@@ -82,12 +82,12 @@ class HeadedModel(nn.Module):
         hidden_size: D, the width of what `hidden_states` returns.
     """
 
-    def __init__(self, model: PreTrainedModel, head: OutputHead, hidden_size: int, *, packable: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, head: OutputHead, hidden_size: int, *, causal: bool = False) -> None:
         super().__init__()
         self.model = model
         self.head = head
         self.hidden_size = hidden_size
-        self._packable = packable
+        self._causal = causal
 
     @property
     def num_logits(self) -> int:
@@ -99,22 +99,28 @@ class HeadedModel(nn.Module):
         """Whether rows are put one after another instead of side by side with padding.
 
         On the CPU, where the architecture allows for it: elsewhere, attention row by row would be many small kernels.
-        Not with gradient checkpointing: it runs layers again when attention is no longer row by row.
         """
+        return self._attends_causally and self.model.device.type == "cpu"
+
+    @property
+    def _attends_causally(self) -> bool:
+        # With gradient checkpointing, layers run again when the model's own attention is back in its place.
         # The newer name of the same property, where this transformers has it.
         recomputes = getattr(self.model, "is_activation_checkpointing", None)
         if recomputes is None:
             recomputes = self.model.is_gradient_checkpointing
-        return self._packable and self.model.device.type == "cpu" and not recomputes
+        return self._causal and not recomputes
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The final hidden states that predict the response tokens `[N, D]`, row after row."""
         if self.packs:
-            return packed_hidden_states(self.model.base_model, batch)
+            return attention.packed_hidden_states(self.model.base_model, batch)
         return self.padded_hidden_states(batch.padded())
 
     def padded_hidden_states(self, rows: PaddedRows) -> Tensor:
         """The same from rows side by side."""
+        if self._attends_causally:
+            return attention.padded_hidden_states(self.model.base_model, rows)
         if self.head.projection is not None:
             return _select(self.model.base_model, "last_hidden_state", rows)
         return _select(self.model, "logits", rows)
@@ -135,8 +141,8 @@ def split_model(model: PreTrainedModel) -> HeadedModel:
             hidden_ND = _select(model.base_model, "last_hidden_state", probe.padded())
             head = _best_match(candidates, hidden_ND, logits_NV)
             if head is not None:
-                packable = keeps_rows_apart(model.base_model, probe, hidden_ND, _tolerance(hidden_ND))
-                return HeadedModel(model, head, hidden_ND.shape[-1], packable=packable)
+                causal = attention.is_exchangeable(model.base_model, probe, hidden_ND, _tolerance(hidden_ND))
+                return HeadedModel(model, head, hidden_ND.shape[-1], causal=causal)
     get_logger().warning(
         "%s: no output head reproduces the model's own logits; the logits of every position are computed instead, "
         "which needs more memory and time",

@@ -1,4 +1,4 @@
-"""Rows in one sequence: no row sees another, and only architectures that keep rows apart are packed."""
+"""Rows in one sequence or side by side: no row sees another, and only architectures that allow for it are packed."""
 
 from __future__ import annotations
 
@@ -62,19 +62,28 @@ def batch_of(rows):
 
 
 @pytest.mark.parametrize("model_type", PACKED)
-def test_hidden_states_packed_equal_those_padded_with_the_gradient_of_every_parameter(model_type):
-    headed, batch = split_model(make(model_type, PACKED[model_type])), batch_of(rows_of(7, 3, 5, 11))
+def test_hidden_states_in_both_layouts_equal_each_row_by_itself_with_the_gradient_of_every_parameter(model_type):
+    model, rows = make(model_type, PACKED[model_type]), rows_of(7, 3, 5, 11)
+    headed, batch = split_model(model), batch_of(rows)
+
+    def one_by_one():
+        return torch.cat([model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, 1:] for row in rows])
 
     gradients = []
-    for hidden_states in (lambda: headed.hidden_states(batch), lambda: headed.padded_hidden_states(batch.padded())):
+    for hidden_states in (
+        one_by_one,
+        lambda: headed.hidden_states(batch),
+        lambda: headed.padded_hidden_states(batch.padded()),
+    ):
         headed.zero_grad()
         hidden = hidden_states()
         hidden.square().sum().backward()
         gradients.append([hidden.detach(), *(p.grad.clone() for p in headed.parameters() if p.grad is not None)])
 
     assert headed.packs
-    for packed, padded in zip(*gradients, strict=True):
-        torch.testing.assert_close(packed, padded, rtol=1e-10, atol=1e-10)
+    for plain, packed, padded in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, plain, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(padded, plain, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("model_type", PACKED)
