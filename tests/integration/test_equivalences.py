@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import train
@@ -67,6 +68,17 @@ def test_run_when_batches_are_split_otherwise_then_has_the_same_losses_and_gradi
 
     assert len(whole) == 2 * STEPS
     assert min(whole) > 0
+
+
+@pytest.mark.parametrize("method", kd_methods.names())
+def test_run_when_rows_are_padded_then_has_the_same_losses_and_gradient_norms(method, monkeypatch):
+    packed = numbers(method)
+    monkeypatch.setattr(HeadedModel, "packs", False)
+
+    padded = numbers.__wrapped__(method)
+
+    assert padded == pytest.approx(packed, rel=1e-10)
+    assert padded != packed, "rounding tells that the rows lay otherwise"
 
 
 @pytest.mark.parametrize("method", kd_methods.names())
