@@ -59,14 +59,12 @@ class Point:
         return REFERENCE_TENSORS * 4 * len(self.setup.lengths) * longest * vocabulary / 1e9
 
 
-def points(setup: Setup, axes: Sequence[str], at_most: int | None = None) -> Iterator[Point]:
-    """The places to measure. `at_most` leaves out larger values of every axis."""
-    for axis in axes:
-        if axis == "vocabulary" and setup.model is not None:
-            continue
-        for value in AXES[axis]:
-            if at_most is None or value <= at_most:
-                yield Point(axis, value, _at(setup, axis, value))
+def points(setup: Setup, axis: str, num_points: int | None = None) -> Iterator[Point]:
+    """The places to measure on an axis, the first `num_points` of them; none where a real model fixes the value."""
+    if axis == "vocabulary" and setup.model is not None:
+        return
+    for value in AXES[axis][:num_points]:
+        yield Point(axis, value, _at(setup, axis, value))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     add_setup_options(parser, rows=False)
     parser.add_argument("--axes", nargs="+", choices=tuple(AXES), default=tuple(AXES), help="default: all")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all")
-    parser.add_argument("--at-most", type=int, metavar="N", help="leave out larger values of every axis")
+    parser.add_argument("--points", type=int, metavar="N", help="the first N values of every axis; default: all")
     limit = "leave out the reference where it needs more, in 10⁹ bytes (8)"
     parser.add_argument("--memory-gb", type=float, default=8.0, metavar="GB", help=limit)
     slow = "leave out a side's larger values on an axis once a step of it took longer (60)"
@@ -93,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 def _measure_axis(axis: str, setup: Setup, options: argparse.Namespace) -> list[dict[str, object]]:
     table, rows = f"scaling_{axis}{setup.name}", []
     slow: dict[str, int] = {}
-    for point in points(setup, [axis], options.at_most):
+    for point in points(setup, axis, options.points):
         with measuring.filled_store(point.setup, needed="stored" in options.sides and "stored" not in slow) as store:
             for side in options.sides:
                 reason = _reason_to_skip(point, side, slow, options)

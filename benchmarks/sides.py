@@ -6,6 +6,7 @@ student and returns the loss `(1 − a)·CE + a·T²·D` per response token, T²
 B rows, L positions, N response tokens, V logits of real tokens, D hidden size.
 """
 
+# ruff: noqa: N815 (fields carry shape suffixes too)
 from __future__ import annotations
 
 import importlib.util
