@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -164,6 +166,27 @@ def _loaded(source: ModelSource) -> LoadedModel:
     from pocl_cli.models.load import load_model
 
     return load_model(source, device=torch.device("cpu"), dtype_override=None, dropout=0.0)
+
+
+def make_model_and_rows(model_folder: Path, rows_file: Path, num_rows: int) -> None:
+    """A small Llama whose tokenizer has as many tokens as it has logits, and rows as long as Dolly's."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from pocl_cli.models.build import build_config, build_model
+    from pocl_cli.models.toy_tokenizer import WORDS, build_toy_tokenizer
+
+    disable_progress_bar()
+    tokenizer = build_toy_tokenizer()
+    # Only real tokens count in a loss: fillers make them as many as the output layer has rows.
+    tokenizer.add_tokens([f"<|filler-{i}|>" for i in range(TINY["vocab_size"] - len(tokenizer))])
+    build_model(build_config(TINY, tokenizer), seed=0).save_pretrained(model_folder)
+    tokenizer.save_pretrained(model_folder)
+    dice = random.Random(0)
+    lengths = itertools.islice(itertools.cycle(DOLLY_LENGTHS), num_rows)
+    with rows_file.open("w", encoding="utf-8") as file:
+        for prompt, response in lengths:
+            texts = [" ".join(dice.choices(WORDS, k=round(n * dice.uniform(0.5, 1.5)))) for n in (prompt, response)]
+            file.write(json.dumps({"instruction": texts[0], "output": texts[1]}) + "\n")
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,9 +12,8 @@ import measuring
 import results
 from cases import Setup
 from measuring import Job, Measurement
-from sides import PACKAGES, missing_package
-
 from pocl_cli import tables
+from sides import PACKAGES, missing_package
 
 TOLERANCE = 1e-4
 # Columns that a terminal has no room for.
@@ -93,7 +92,7 @@ def compare(comparison: Comparison) -> int:
             for side in comparison.sides:
                 job = Job(comparison.setup, side, method, comparison.kd_ratio, comparison.repeats, store)
                 measured = measuring.in_fresh_process(f"{method}, {side}", measuring.measure, job)
-                of_method.append(_line(method, side, measured, of_method))
+                of_method.append(line_of(method, side, measured, of_method))
                 if not lines and len(of_method) == 1:
                     _print_about(comparison, measured)
                 results.print_row(comparison.table, **of_method[-1].columns())
@@ -101,7 +100,7 @@ def compare(comparison: Comparison) -> int:
     shown = [{name: value for name, value in line.columns().items() if name not in JSON_ONLY} for line in lines]
     headings = [results.heading(name) for name in shown[0]]
     tables.results_table(_title(comparison, lines[0].measurement), headings, [[*one.values()] for one in shown])
-    return _exit_code(lines)
+    return exit_code(lines)
 
 
 def difference(one: Measurement, other: Measurement) -> float:
@@ -110,7 +109,8 @@ def difference(one: Measurement, other: Measurement) -> float:
     return max((abs(ratio - 1) for ratio in ratios), key=lambda ratio: (math.isnan(ratio), ratio))
 
 
-def _line(method: str, side: str, measured: Measurement, before: Sequence[Line]) -> Line:
+def line_of(method: str, side: str, measured: Measurement, before: Sequence[Line]) -> Line:
+    """The line of a side, measured after the lines `before` it of the same method."""
     reference = next((line.measurement for line in before if line.side == "reference"), None)
     return Line(
         method,
@@ -122,7 +122,8 @@ def _line(method: str, side: str, measured: Measurement, before: Sequence[Line])
     )
 
 
-def _exit_code(lines: Iterable[Line]) -> int:
+def exit_code(lines: Iterable[Line]) -> int:
+    """1 where a side differs by more than `TOLERANCE`, and a line on standard error names it; else 0."""
     wrong = [line for line in lines if line.differs_by is not None and not line.differs_by <= TOLERANCE]
     for line in wrong:
         print(f"{line.method}: {line.side} differs by {line.differs_by:.3g}, above {TOLERANCE:g}", file=sys.stderr)

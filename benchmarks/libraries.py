@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 from cases import add_setup_options, setup_of
 from comparing import Comparison, available_sides, compare
-from sides import BETAS, SIDES
-
 from pocl_cli.errors import PoclError
+from sides import BETAS, SIDES
 
 KD_RATIO = 1.0
 

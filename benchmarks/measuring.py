@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 
 import stored_states
 from cases import KD_RATIO, Case, Setup
-from sides import SIDES
-
 from pocl_cli.errors import ResourceError
+from sides import SIDES
 
 # At a learning rate of 0 the optimizer does all its work and every step has the same loss.
 LR, WEIGHT_DECAY, GRAD_CLIP = 0.0, 0.01, 1.0

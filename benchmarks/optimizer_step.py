@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from cases import KD_RATIO, METHODS, add_setup_options, setup_of
 from comparing import Comparison, compare
-
 from pocl_cli.errors import PoclError
 
 SIDES = ("reference", "online", "stored")

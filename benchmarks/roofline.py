@@ -21,7 +21,6 @@ import measuring
 import results
 from cases import METHODS, Case, Setup, add_setup_options, setup_of, shipped
 from measuring import Job
-
 from pocl_cli import tables
 from pocl_cli.errors import PoclError
 
@@ -124,7 +123,8 @@ def _rate(left: Tensor, right: Tensor) -> float:
     """The best rate of several products, the first of which does not count."""
     import torch
 
-    out, seconds = left @ right, []
+    out = left @ right
+    seconds: list[float] = []
     while len(seconds) < RATE_REPEATS or sum(seconds) < RATE_SECONDS:
         started = time.perf_counter()
         torch.mm(left, right, out=out)

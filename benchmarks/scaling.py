@@ -21,7 +21,6 @@ import measuring
 import results
 from cases import DOLLY_LENGTHS, PADDED_LENGTH, TINY, Setup, add_setup_options, setup_of
 from measuring import Job, Measurement
-
 from pocl_cli import tables
 from pocl_cli.errors import PoclError
 
@@ -89,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure_axis(axis: str, setup: Setup, options: argparse.Namespace) -> list[dict[str, object]]:
-    table, rows = f"scaling_{axis}{setup.name}", []
+    table = f"scaling_{axis}{setup.name}"
+    rows: list[dict[str, object]] = []
     slow: dict[str, int] = {}
     for point in points(setup, axis, options.points):
         with measuring.filled_store(point.setup, needed="stored" in options.sides and "stored" not in slow) as store:

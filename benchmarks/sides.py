@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import stored_states
-
 from pocl_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cases import Case
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cases import Case
     from pocl_cli.models.head import OutputHead
     from pocl_cli.records import TokenisedRow
 
@@ -264,7 +263,6 @@ def stored_side(case: Case) -> Step:
 
 def _ours(case: Case, teacher: Any) -> Step:
     from cases import shipped
-
     from pocl_cli.models.device import set_up_hardware
     from pocl_cli.models.head import split_model
     from pocl_cli.schema import HardwareConfig

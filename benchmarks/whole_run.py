@@ -4,9 +4,10 @@
     python benchmarks/whole_run.py --model FOLDER --rows FILE     a real one
 
 Ours is the command itself, from its start to its end, the models' loading and the teacher's work included, on a random
-partition and without dev evaluation. The reference is a restatement: the same stages and batches in the same order,
-every row padded to one length, full logits of both models at every step. Unless `--all-steps` is given it makes only
-some of its steps, evenly spaced over the run, and the seconds of the others are taken to be as many on average.
+partition and without dev evaluation, every step logged. The reference is a restatement: the same
+stages and batches in the same order, every row padded to one length, full logits of both models at every step. Unless
+`--all-steps` is given it makes only some of its steps, evenly spaced over the run, and the seconds of the others are
+taken to be as many on average.
 Exit code 1: the two disagree about the loss of step 1.
 """
 
@@ -16,7 +17,7 @@ import argparse
 import itertools
 import json
 import os
-import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,12 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import measuring
 import results
-from cases import DOLLY_LENGTHS, TINY
+from cases import make_model_and_rows
 from comparing import TOLERANCE
-from sides import padded, reference_loss
-
 from pocl_cli import tables
 from pocl_cli.errors import PoclError
+from sides import padded, reference_loss
 
 if TYPE_CHECKING:
     from pocl_cli.models.load import LoadedModel
@@ -47,11 +47,18 @@ STARTS_POCL = "import sys; from pocl_cli.cli import main; sys.exit(main(sys.argv
 
 @dataclass(frozen=True)
 class Figures:
-    """What a side needed. `steps` is of the whole run, `measured_steps` how many of them were made and timed."""
+    """What a side needed.
+
+    Attributes:
+        steps: of the whole run; `measured_steps` is how many of them were made and timed.
+        step_seconds: wall time of those on average; `seconds` is that of the whole run.
+        first_loss: of step 1, in nats per response token.
+    """
 
     side: str
     steps: int
     measured_steps: int
+    step_seconds: float
     seconds: float
     cpu_seconds: float
     peak_gb: float
@@ -71,7 +78,7 @@ class PlannedStep:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs both sides and draws the table. Returns the exit code."""
-    options = _options(arguments)
+    options = options_of(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, rows = options.model, options.rows
@@ -96,6 +103,7 @@ def overrides_of(options: argparse.Namespace, model: Path, rows: Path, outputs: 
         "student=smollm2-135m", f"student.path={model}", f"student.layers={options.layers}", "student.dropout=0",
         f"kd_method={METHOD}", "curriculum=baby_step", f"curriculum.epochs_per_stage={options.epochs}",
         "difficulty=random", f"train.global_batch_size={options.batch_size}", "train.evaluate_every=0",
+        "train.log_every=1",
         "hardware=cpu", f"paths.outputs={outputs}", *options.override,
     ]  # fmt: skip
 
@@ -107,19 +115,27 @@ def run_ours(overrides: Sequence[str]) -> Figures:
     """`pocl distill` in a process of its own."""
     started = time.perf_counter()
     artifact, usage = _pocl("distill", overrides)
-    seconds = time.perf_counter() - started
-    first = json.loads((artifact / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert first["step"] == 1, "step 1 is always logged, and there is no dev line before it"
-    steps = sum(stage["steps"] for stage in json.loads((artifact / "stages.json").read_text(encoding="utf-8")))
+    return figures_of(artifact, time.perf_counter() - started, usage)
+
+
+def figures_of(artifact: Path, seconds: float, usage: struct_rusage) -> Figures:
+    """What the run that made `artifact` needed; its process used `usage`."""
+    metrics, timings = (_lines(artifact / name) for name in ("metrics.jsonl", "timings.jsonl"))
+    assert metrics[0]["step"] == 1, "there is no dev line before step 1"
     return Figures(
         "pocl distill",
-        steps=steps,
-        measured_steps=steps,
+        steps=len(metrics),
+        measured_steps=len(metrics),
+        step_seconds=statistics.fmean(line["seconds"] for line in timings),
         seconds=seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         peak_gb=measuring.peak_gb(usage),
-        first_loss=first["loss"],
+        first_loss=metrics[0]["loss"],
     )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _pocl(command: str, overrides: Sequence[str]) -> tuple[Path, struct_rusage]:
@@ -156,6 +172,7 @@ def run_reference(overrides: Sequence[str], num_sampled: int | None) -> Figures:
     assert chain.teacher is not None, "forward KL has a teacher"
     student = load_model(chain.student, device=device, dtype_override=torch.float32, dropout=0.0)
     teacher = load_model(chain.teacher, device=device, dtype_override=None, dropout=None)
+    num_tokens = num_real_tokens(student.tokenizer)
     planned = list(planned_steps(chain, student))
     sampled = planned if num_sampled is None else evenly_spaced(planned, num_sampled)
     loading = time.perf_counter() - started[0], time.process_time() - started[1]
@@ -178,7 +195,7 @@ def run_reference(overrides: Sequence[str], num_sampled: int | None) -> Figures:
             method=config.kd_method,
             kd_ratio=one.stage.kd_ratio,
             temperature=one.stage.temperature,
-            num_real_tokens=num_real_tokens(student.tokenizer),
+            num_real_tokens=num_tokens,
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.train.grad_clip)
@@ -190,6 +207,7 @@ def run_reference(overrides: Sequence[str], num_sampled: int | None) -> Figures:
         "reference",
         steps=len(planned),
         measured_steps=len(sampled),
+        step_seconds=stepping[0] / len(sampled),
         seconds=loading[0] + stepping[0] * share,
         cpu_seconds=loading[1] + stepping[1] * share,
         peak_gb=measuring.peak_gb(getrusage(RUSAGE_SELF)),
@@ -224,31 +242,10 @@ def evenly_spaced(planned: Sequence[PlannedStep], count: int) -> list[PlannedSte
     return [planned[round(i * last / (count - 1))] for i in range(count)]
 
 
-# ── the small model and its rows ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_model_and_rows(model_folder: Path, rows_file: Path, num_rows: int) -> None:
-    """A small Llama whose tokenizer has as many tokens as it has logits, and rows as long as Dolly's."""
-    from pocl_cli.models.build import build_config, build_model
-    from pocl_cli.models.toy_tokenizer import WORDS, build_toy_tokenizer
-
-    tokenizer = build_toy_tokenizer()
-    # Only real tokens count in a loss: fillers make them as many as the output layer has rows.
-    tokenizer.add_tokens([f"<|filler-{i}|>" for i in range(TINY["vocab_size"] - len(tokenizer))])
-    build_model(build_config(TINY, tokenizer), seed=0).save_pretrained(model_folder)
-    tokenizer.save_pretrained(model_folder)
-    dice = random.Random(0)
-    lengths = itertools.islice(itertools.cycle(DOLLY_LENGTHS), num_rows)
-    with rows_file.open("w", encoding="utf-8") as file:
-        for prompt, response in lengths:
-            texts = [" ".join(dice.choices(WORDS, k=round(n * dice.uniform(0.5, 1.5)))) for n in (prompt, response)]
-            file.write(json.dumps({"instruction": texts[0], "output": texts[1]}) + "\n")
-
-
 # ── command line and table ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A whole run of four stages, the reference's way and ours.")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the teacher; default: a small one made here")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="rows to train on, with --model")
@@ -276,6 +273,7 @@ def _show(found: Sequence[Figures], suffix: str, options: argparse.Namespace) ->
             "side": one.side,
             "steps": one.steps,
             "measured_steps": one.measured_steps,
+            "step_seconds": one.step_seconds,
             "seconds": one.seconds,
             "cpu_seconds": one.cpu_seconds,
             "peak_gb": one.peak_gb,
