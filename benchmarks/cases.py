@@ -168,6 +168,9 @@ def _loaded(source: ModelSource) -> LoadedModel:
     return load_model(source, device=torch.device("cpu"), dtype_override=None, dropout=0.0)
 
 
+# ── the small model in files, for whole runs ──────────────────────────────────────────────────────────────────────────
+
+
 def make_model_and_rows(model_folder: Path, rows_file: Path, num_rows: int) -> None:
     """A small Llama whose tokenizer has as many tokens as it has logits, and rows as long as Dolly's."""
     from transformers.utils.logging import disable_progress_bar
@@ -177,16 +180,20 @@ def make_model_and_rows(model_folder: Path, rows_file: Path, num_rows: int) -> N
 
     disable_progress_bar()
     tokenizer = build_toy_tokenizer()
-    # Only real tokens count in a loss: fillers make them as many as the output layer has rows.
-    tokenizer.add_tokens([f"<|filler-{i}|>" for i in range(TINY["vocab_size"] - len(tokenizer))])
     build_model(build_config(TINY, tokenizer), seed=0).save_pretrained(model_folder)
     tokenizer.save_pretrained(model_folder)
+    # Only real tokens count in a loss: fillers make them as many as the output layer has rows.
+    file = model_folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["model"]["vocab"] |= {f"<|filler-{i}|>": i for i in range(len(tokenizer), TINY["vocab_size"])}
+    file.write_text(json.dumps(described), encoding="utf-8")
     dice = random.Random(0)
     lengths = itertools.islice(itertools.cycle(DOLLY_LENGTHS), num_rows)
-    with rows_file.open("w", encoding="utf-8") as file:
-        for prompt, response in lengths:
-            texts = [" ".join(dice.choices(WORDS, k=round(n * dice.uniform(0.5, 1.5)))) for n in (prompt, response)]
-            file.write(json.dumps({"instruction": texts[0], "output": texts[1]}) + "\n")
+    rows = []
+    for prompt, response in lengths:
+        texts = [" ".join(dice.choices(WORDS, k=round(n * dice.uniform(0.5, 1.5)))) for n in (prompt, response)]
+        rows.append({"instruction": texts[0], "output": texts[1]})
+    rows_file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
