@@ -53,32 +53,44 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--method", choices=METHODS, default="fkl", help="the divergence (fkl)")
     options = parser.parse_args(arguments)
     setup = setup_of(parser, options)
-    rates = measuring.in_fresh_process("the rates", matrix_rates, setup)
-    best = max(rate for _, rate in rates)
-    steps, shares = [], []
+    rounds, measured, needed, shares = [], [], [], []
     with measuring.filled_store(setup) as store:
         for side in SIDES:
+            # Before each side and after the last: what else the machine does changes from minute to minute.
+            rounds.append(measuring.in_fresh_process("the rates", matrix_rates, setup))
             job = Job(setup, side, options.method, repeats=options.repeats, store=store)
-            measured = measuring.in_fresh_process(side, measuring.measure, job)
-            needed = measuring.in_fresh_process(f"counting {side}", count, job) / 1e9
-            steps.append(
-                {
-                    "side": side,
-                    "gmac": needed,
-                    "roofline_seconds": needed / best,
-                    "seconds": measured.seconds,
-                    "times_the_roofline": measured.seconds * best / needed,
-                }
-            )
+            measured.append(measuring.in_fresh_process(side, measuring.measure, job))
+            needed.append(measuring.in_fresh_process(f"counting {side}", count, job) / 1e9)
             shares.append({"side": side, **measuring.in_fresh_process(f"profiling {side}", profile, job)})
-    products = [{"product": name, "gmac_per_s": rate} for name, rate in rates]
+        rounds.append(measuring.in_fresh_process("the rates", matrix_rates, setup))
+    rates = {product: max(one[product] for one in rounds) for product in rounds[0]}
+    steps = [
+        beside_the_roofline(side, gmac, one.seconds, max(rates.values()))
+        for side, gmac, one in zip(SIDES, needed, measured, strict=True)
+    ]
+    products = [{"product": product, "gmac_per_s": rate} for product, rate in rates.items()]
     for table, title, rows in (
         ("roofline_rates", "Float32 matrix products: 10⁹ multiply-adds a second, best of several", products),
         ("roofline", f"One optimizer step ({options.method}) beside its roofline", steps),
         ("roofline_shares", "Seconds of one profiled step by kind of operator", shares),
     ):
-        _table(f"{table}{setup.name}", title, rows, measured.num_threads)
+        _table(f"{table}{setup.name}", title, rows, measured[0].num_threads)
     return 0
+
+
+def beside_the_roofline(side: str, gmac: float, seconds: float, rate: float) -> dict[str, object]:
+    """A row of the table; `rate` in 10⁹ multiply-adds a second. Warns of a step that is faster than it can be."""
+    ratio = seconds * rate / gmac
+    if ratio < 1:
+        why = "the rate was measured on a busier machine than the step: measure again"
+        print(f"{side}: {ratio:.3g} of its roofline is impossible; {why}", file=sys.stderr)
+    return {
+        "side": side,
+        "gmac": gmac,
+        "roofline_seconds": gmac / rate,
+        "seconds": seconds,
+        "times_the_roofline": ratio,
+    }
 
 
 def count(job: Job) -> int:
@@ -93,7 +105,7 @@ def count(job: Job) -> int:
     return arithmetic.optimizer_step(student, teacher, job.side)
 
 
-def matrix_rates(setup: Setup) -> list[tuple[str, float]]:
+def matrix_rates(setup: Setup) -> dict[str, float]:
     """10⁹ multiply-adds a second of float32 products as the step makes them: of a layer, and of the head both ways."""
     import torch
 
@@ -113,10 +125,10 @@ def matrix_rates(setup: Setup) -> list[tuple[str, float]]:
         "its hidden gradient [n, V] × [V, D]": (chunk, vocabulary, width),
         "its weight gradient [V, n] × [n, D]": (vocabulary, chunk, width),
     }
-    return [
-        (f"{name}, {rows} × {inner} × {columns}", _rate(torch.randn(rows, inner), torch.randn(columns, inner).T))
+    return {
+        f"{name}, {rows} × {inner} × {columns}": _rate(torch.randn(rows, inner), torch.randn(columns, inner).T)
         for name, (rows, inner, columns) in shapes.items()
-    ]
+    }
 
 
 def _rate(left: Tensor, right: Tensor) -> float:

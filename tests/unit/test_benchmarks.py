@@ -229,10 +229,20 @@ def test_matrix_rates_of_a_setup_then_the_shapes_are_the_steps(monkeypatch: pyte
 
     rates = roofline.matrix_rates(SMALL)
 
-    assert [name.rpartition(", ")[2] for name, _ in rates] == [
+    assert [name.rpartition(", ")[2] for name in rates] == [
         "27 × 16 × 64", "13 × 16 × 512", "13 × 512 × 16", "512 × 13 × 16",
     ]  # fmt: skip
-    assert all(rate > 0 for _, rate in rates)
+    assert min(rates.values()) > 0
+
+
+def test_beside_the_roofline_when_a_step_is_faster_than_it_can_be_then_it_warns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert roofline.beside_the_roofline("stored", 10.0, 2.0, 8.0)["times_the_roofline"] == pytest.approx(1.6)
+    assert capsys.readouterr().err == ""
+
+    assert roofline.beside_the_roofline("stored", 10.0, 1.0, 8.0)["times_the_roofline"] == pytest.approx(0.8)
+    assert "measure again" in capsys.readouterr().err
 
 
 # ── whole run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
