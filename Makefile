@@ -56,14 +56,14 @@ check: $(INSTALLED) ## everything that must hold before a commit: lint, types, l
 	if [ "$$before" != "$$after" ]; then printf 'the checks changed the working tree:\n%s\n' "$$after"; exit 1; fi
 
 # The standard output of a benchmark is JSON lines, for `make bench-report`; the tables are on standard error.
-bench: $(INSTALLED) ## measure speed and memory on a small model (benchmarks/): no data needed, some minutes
+bench: $(INSTALLED) ## measure speed and memory on a small model (benchmarks/): no data needed, about seven minutes
 	$(PIP) install --quiet $(TESTED) -e '.[bench]'
 	mkdir -p build
 	set -e; export OMP_NUM_THREADS=$(THREADS); { \
 	for script in optimizer_step libraries roofline whole_run; do $(BIN)/python benchmarks/$$script.py; done; \
 	$(BIN)/python benchmarks/scaling.py --points 3 --memory-gb 4 --repeats 1; } > build/bench.jsonl
 
-bench-smollm2: $(INSTALLED) ## the same with SmolLM2-135M on the rows of ROWS=rows.jsonl: 16 GB of memory, hours
+bench-smollm2: $(INSTALLED) ## the same with SmolLM2-135M on the rows of ROWS=rows.jsonl: 12 GB of memory, one to two hours
 	@test -n '$(ROWS)' || { echo 'usage: make bench-smollm2 ROWS=rows.jsonl' >&2; exit 2; }
 	$(PIP) install --quiet $(TESTED) -e '.[bench,gguf]'
 	$(BIN)/python tools/fetch_smollm2.py models/smollm2
