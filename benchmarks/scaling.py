@@ -38,7 +38,8 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 384,
     "initializer_range": 0.1,
 }
-# The reference's peak in [B, L, V] float32 tensors: about 9.5 were measured with forward KL; libraries and models add up.
+# The reference's peak in [B, L, V] float32 tensors. About 9.5 were measured with forward KL; the rest is for libraries
+# and models.
 REFERENCE_TENSORS = 12
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 METHOD = "fkl"
 MIN_SAMPLED_STEPS = 12
+# Columns that a terminal has no room for.
+JSON_ONLY = ("measured_steps", "first_loss")
 STARTS_POCL = "import sys; from pocl_cli.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -293,7 +295,8 @@ def _show(found: Sequence[Figures], suffix: str, options: argparse.Namespace) ->
     results.print_about(f"whole_run{suffix}", title)
     for row in rows:
         results.print_row(f"whole_run{suffix}", **row)
-    tables.results_table(title, [results.heading(name) for name in rows[0]], [[*row.values()] for row in rows])
+    shown = [{name: value for name, value in row.items() if name not in JSON_ONLY} for row in rows]
+    tables.results_table(title, [results.heading(name) for name in shown[0]], [[*row.values()] for row in shown])
     if reference.steps == ours.steps and difference <= TOLERANCE:
         return 0
     print(f"the losses of step 1 differ by {difference:.3g}, above {TOLERANCE:g}", file=sys.stderr)
