@@ -10,8 +10,11 @@ TESTED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.ve
 # One torch thread a test process: two of them share the cores, and results depend on the number of threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Of the benchmarks; THREADS=4 changes it.
+THREADS ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smollm2 test check lint type imports bench clean
+.PHONY: help install demo demo-smollm2 test check lint type imports bench bench-smollm2 bench-report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
@@ -52,8 +55,26 @@ check: $(INSTALLED) ## everything that must hold before a commit: lint, types, l
 	after=$$(git status --porcelain 2>/dev/null || true); \
 	if [ "$$before" != "$$after" ]; then printf 'the checks changed the working tree:\n%s\n' "$$after"; exit 1; fi
 
-bench: $(INSTALLED) ## measure speed and memory (benchmarks/)
-	set -e; for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+# The standard output of a benchmark is JSON lines, for `make bench-report`; the tables are on standard error.
+bench: $(INSTALLED) ## measure speed and memory on a small model (benchmarks/): no data needed, about seven minutes
+	$(PIP) install --quiet $(TESTED) -e '.[bench]'
+	mkdir -p build
+	set -e; export OMP_NUM_THREADS=$(THREADS); { \
+	for script in optimizer_step libraries roofline whole_run; do $(BIN)/python benchmarks/$$script.py; done; \
+	$(BIN)/python benchmarks/scaling.py --points 3 --memory-gb 4 --repeats 1; } > build/bench.jsonl
+
+bench-smollm2: $(INSTALLED) ## the same with SmolLM2-135M on the rows of ROWS=rows.jsonl: 12 GB of memory, one to two hours
+	@test -n '$(ROWS)' || { echo 'usage: make bench-smollm2 ROWS=rows.jsonl' >&2; exit 2; }
+	$(PIP) install --quiet $(TESTED) -e '.[bench,gguf]'
+	$(BIN)/python tools/fetch_smollm2.py models/smollm2
+	mkdir -p build
+	set -e; export OMP_NUM_THREADS=$(THREADS) of="--model models/smollm2"; { \
+	for script in optimizer_step libraries roofline whole_run; do \
+	$(BIN)/python benchmarks/$$script.py $$of --rows '$(ROWS)'; done; \
+	$(BIN)/python benchmarks/scaling.py $$of --points 4 --memory-gb 12 --repeats 1; } > build/bench-smollm2.jsonl
+
+bench-report: $(INSTALLED) ## put what `make bench` and `make bench-smollm2` measured into docs/results.md
+	$(BIN)/python benchmarks/report.py $(wildcard build/bench*.jsonl)
 
 clean: ## remove .venv, caches and builds; outputs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

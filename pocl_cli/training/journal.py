@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,13 @@ from pocl_cli.log import get_logger
 from pocl_cli.training.state import TrainingState
 
 CONSUMED = pa.schema([("stage", pa.int32()), ("epoch", pa.int32()), ("step", pa.int64()), ("id", pa.string())])
+
+
+class Pace(NamedTuple):
+    """How fast steps were made; tokens are response tokens."""
+
+    seconds_per_step: float
+    tokens_per_second: float
 
 
 class Journal:
@@ -33,11 +40,16 @@ class Journal:
             if int(part.stem) > state.step:
                 durable.remove_file(part)
 
-    def train_line(self, values: dict[str, Any], *, tokens_per_second: float) -> None:
-        """A line of one optimizer step; `tokens_per_second` counts response tokens since the line before."""
+    def train_line(self, values: dict[str, Any], *, pace: Pace) -> None:
+        """A line of one optimizer step; `pace` is that of the steps since the line before."""
         self._lines.append(values)
         self._timings.append(
-            {"step": values["step"], "response_tokens_per_second": tokens_per_second, "time": time.time()}
+            {
+                "step": values["step"],
+                "seconds": pace.seconds_per_step,
+                "response_tokens_per_second": pace.tokens_per_second,
+                "time": time.time(),
+            }
         )
         self.track(values, values["step"])
         get_logger().debug(

@@ -21,7 +21,7 @@ from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
-from pocl_cli.training.journal import Journal
+from pocl_cli.training.journal import Journal, Pace
 from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import cosine, make_optimizer
 from pocl_cli.training.sampler import Sampler, micro_batches
@@ -162,9 +162,9 @@ def train(job: TrainingJob) -> TrainingState:
                             "kd_ratio": stage.kd_ratio,
                             "num_tokens": state.num_tokens,
                         },
-                        tokens_per_second=waited.tokens_per_second(state),
+                        pace=waited.pace(state),
                     )
-                    waited = _Waited(state, note=f"{waited.tokens_per_second(state):,.0f} response tokens/s")
+                    waited = _Waited(state, note=f"{waited.pace(state).tokens_per_second:,.0f} response tokens/s")
                 job.show(1, waited.note)
 
                 # ── dev evaluation at the end of an epoch and of the stage ────────────────────────────────────────
@@ -204,13 +204,14 @@ def train(job: TrainingJob) -> TrainingState:
 
 
 class _Waited:
-    """When the host last waited for the device, and after which tokens; `note` goes beside the progress until then."""
+    """When the host last waited for the device, and in which state; `note` goes beside the progress from then on."""
 
     def __init__(self, state: TrainingState, note: str = "") -> None:
-        self.seconds, self.num_tokens, self.note = time.perf_counter(), state.num_tokens, note
+        self.time, self.state, self.note = time.perf_counter(), state, note
 
-    def tokens_per_second(self, state: TrainingState) -> float:
-        return (state.num_tokens - self.num_tokens) / (time.perf_counter() - self.seconds)
+    def pace(self, state: TrainingState) -> Pace:
+        seconds = time.perf_counter() - self.time
+        return Pace(seconds / (state.step - self.state.step), (state.num_tokens - self.state.num_tokens) / seconds)
 
 
 def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
