@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pocl_cli.models.batch import Batch
-    from pocl_cli.models.head import HeadedModel
+    from pocl_cli.models.head import HeadedModel, OutputHead
+
+
+class Teacher(Protocol):
+    """Where the teacher's side of the distillation term comes from."""
+
+    @property
+    def head(self) -> OutputHead:
+        """Hidden states → logits."""
+        ...
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the logits, padding rows included."""
+        ...
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
+
+        Row after row in the order of `batch.ids`, each row's tokens in order.
+        """
+        ...
 
 
 class OnlineTeacher:
@@ -20,7 +41,7 @@ class OnlineTeacher:
         self._headed = headed.eval().requires_grad_(False)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> OutputHead:
         """Hidden states → logits."""
         return self._headed.head
 
@@ -31,8 +52,5 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
-        """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
-
-        Row after row in the order of `batch.ids`, each row's tokens in order.
-        """
+        """As `Teacher.hidden_states`."""
         return self._headed.hidden_states(batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)
