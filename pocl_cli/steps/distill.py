@@ -88,12 +88,7 @@ def run(run: Run) -> StepResult | None:
                 state = train(job)
 
         if isinstance(student.teacher, StoredTeacher):
-            saved = student.teacher.saved
-            get_logger().info(
-                "the teacher was not run on %s tokens, %s of them of responses: their hidden states were stored",
-                f"{saved.total:,}",
-                f"{saved.response:,}",
-            )
+            get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
         # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
         figures = _kept_dev_figures(work.path, job.settings.keep_best)

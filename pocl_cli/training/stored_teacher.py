@@ -103,12 +103,10 @@ class StoredTeacher:
         """Width of the logits, padding rows included."""
         return self._head.num_logits
 
-    @property
-    def saved(self) -> Tokens:
-        """Tokens that an online teacher would have run on, and this one has not."""
-        return Tokens(
-            max(0, self.asked.response - self.computed.response), max(0, self.asked.total - self.computed.total)
-        )
+    def savings(self) -> str:
+        """How many of the tokens that were asked for needed no forward pass, for a log."""
+        response, total = (max(0, asked - ran) for asked, ran in zip(self.asked, self.computed, strict=True))
+        return f"{total:,} of {self.asked.total:,} ({response:,} of {self.asked.response:,} response tokens)"
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
