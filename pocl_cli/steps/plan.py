@@ -133,7 +133,7 @@ def _sizes(source: ModelSource) -> Sizes:
 def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Tokens | None) -> dict[str, Any]:
     """Memory, disk and time of a run over `trained` tokens; `once`: the rows' own, where the teacher is stored."""
     from pocl_cli.models.device import set_up_hardware
-    from pocl_cli.steps.teacher import bytes_per_token
+    from pocl_cli.steps.teacher import stored_sizes
 
     hardware = set_up_hardware(chain.config.hardware)
     student, teacher = sizes["student"], sizes.get("teacher")
@@ -150,14 +150,14 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
         work += _multiply_adds(teacher, trained)
     if teacher and once:
         assert chain.teacher is not None, "sizes hold a teacher"
-        head = teacher.embedding * teacher.weight_bytes
-        stored = head + once.response * bytes_per_token(chain.teacher)
-        memory += head
+        stored_size = stored_sizes(chain.teacher)
+        stored = stored_size.head + once.response * stored_size.token
+        memory += stored_size.head
         disk, kept = disk + stored, kept + stored
         work += _multiply_adds(teacher, once) + teacher.embedding * trained.response
         filling = memory + teacher.parameters * teacher.weight_bytes
         details["teacher's hidden states (estimate)"] = (
-            f"{_gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher takes part "
+            f"{_gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
             f"and memory rises to {_gib(filling)}"
         )
     return {

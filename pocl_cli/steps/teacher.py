@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -39,18 +39,27 @@ def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teac
     if not chain.stores_teacher:
         return load()
     signals = _signals(chain, rows)
-    signals.check_free_disk(bytes_per_token(source))
+    sizes = stored_sizes(source)
+    signals.check_free_disk(token_bytes=sizes.token, head_bytes=sizes.head)
     return open_teacher(signals, load, hardware=hardware, pad_token_id=int(load_tokenizer(source).pad_token_id))
 
 
-def bytes_per_token(source: ModelSource) -> int:
-    """What the final hidden state of one token takes, as far as the model's configuration tells."""
+class StoredSizes(NamedTuple):
+    """Bytes of one response token's hidden state, and of the output head."""
+
+    token: int
+    head: int
+
+
+def stored_sizes(source: ModelSource) -> StoredSizes:
+    """What storing a teacher takes, as far as its configuration tells."""
     config = read_config(source)
     text = config.get_text_config(decoder=True)
     # OPT 350m projects its hidden states to another width before the output layer.
     width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
     dtype = str(config.dtype or "float32").removeprefix("torch.") if source.dtype == "auto" else source.dtype
-    return int(width * getattr(torch, dtype).itemsize)
+    token = int(width * getattr(torch, dtype).itemsize)
+    return StoredSizes(token, int(text.vocab_size) * token)
 
 
 def _signals(chain: Chain, rows: TokenisedDataset) -> TeacherSignals:

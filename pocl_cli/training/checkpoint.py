@@ -98,7 +98,7 @@ def refuse_other_teacher(folder: Path, source: str | None) -> None:
         try:
             before = dict(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError):
-            before = {}
+            before = {"teacher": None}
         _refuse_other_conditions(checkpoints[-1], before, now)
     durable.write_json(path, now)
 

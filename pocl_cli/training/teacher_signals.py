@@ -100,13 +100,14 @@ class TeacherSignals:
         """Shards that were not there when this process last looked."""
         return len(self._shards) - len(self._found)
 
-    def check_free_disk(self, bytes_per_token: int) -> None:
-        """Raises ResourceError where the shards that are missing do not fit beside what is there."""
+    def check_free_disk(self, *, token_bytes: int, head_bytes: int) -> None:
+        """Raises ResourceError where what is missing, shards and head, does not fit on the disk."""
         tokens = sum(shard.num_response_tokens for i, shard in enumerate(self._shards) if i not in self._found)
+        needed = tokens * token_bytes + (0 if self._store.find(self._head_key) else head_bytes)
         check_free_disk(
             self._store.outputs,
-            tokens * bytes_per_token,
-            f"the teacher's hidden states on {tokens:,} response tokens",
+            needed,
+            f"the teacher's output head and its hidden states on {tokens:,} response tokens",
             otherwise="set teacher.store=false: the teacher then runs in every step",
         )
 

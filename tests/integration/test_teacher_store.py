@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
 from pocl_cli.steps import score
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.teacher import stored_sizes
 
 from ..support.command import Finished, run_pocl
 from ..support.folders import memory_folder
@@ -307,10 +309,20 @@ def test_distill_when_the_teacher_was_made_here_and_is_stored_then_its_weights_a
         distilled(run_in(inputs, outputs, *changes, "kd_method=jsd"))
 
 
-def test_store_when_the_backbone_gives_16_bits_then_keeps_them(tmp_path: Path, inputs: Path) -> None:
-    distilled(run_in(inputs, tmp_path, "teacher.dtype=bfloat16"))
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_store_when_it_is_made_then_has_the_backbones_dtype_and_the_size_that_was_estimated(
+    tmp_path: Path, inputs: Path, dtype: str
+) -> None:
+    run = run_in(inputs, tmp_path, f"teacher.dtype={dtype}")
+    distilled(run)
 
     (path,) = (tmp_path / "teacher_signals").glob("*-shard-*/hidden.safetensors")
-    (head,) = (tmp_path / "teacher_signals").glob("*-head-*/head.safetensors")
-    assert {name: value.dtype for name, value in load_file(path).items()} == {"hidden": torch.bfloat16}
-    assert load_file(head)["weight"].dtype == torch.bfloat16
+    (head_path,) = (tmp_path / "teacher_signals").glob("*-head-*/head.safetensors")
+    hidden, head = load_file(path)["hidden"], load_file(head_path)["weight"]
+    assert hidden.dtype == head.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    chain = Chain(run)
+    assert chain.teacher is not None
+    assert stored_sizes(chain.teacher) == (hidden[0].nbytes, head.nbytes)
+    rows = pq.read_table(path.parent / "rows.parquet").to_pylist()
+    assert sum(row["num_tokens"] for row in rows) == len(hidden)
+    assert len(rows) == 24
