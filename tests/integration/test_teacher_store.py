@@ -277,6 +277,23 @@ def test_store_when_the_command_is_interrupted_while_it_fills_then_a_rerun_compl
     assert list((tmp_path / "outputs" / ".work").iterdir()) == []
 
 
+def test_distill_when_the_teachers_head_cannot_be_stored_then_runs_online_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_inputs(tmp_path)
+    # BERT transforms the hidden state before its output matrix.
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shutil.rmtree(tmp_path / "teacher")
+    bert = make_model({"model_type": "bert", "is_decoder": True, **sizes}, 2, dropout=None)
+    bert.save_pretrained(tmp_path / "teacher")
+    toy_tokenizer().save_pretrained(tmp_path / "teacher")
+
+    distilled(run_in(tmp_path, tmp_path / "outputs"))
+
+    assert "cannot be stored" in caplog.text
+    assert store_hashes(tmp_path / "outputs") == {}
+
+
 # ── plans, and teachers that are made here ────────────────────────────────────────────────────────────────────────────
 
 
