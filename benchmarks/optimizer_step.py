@@ -254,8 +254,8 @@ def our_side(case: Case) -> Callable[[], float]:
 
     def step() -> float:
         total = 0.0
-        for group in micro_batches(case.rows, hardware.max_tokens_per_micro_batch):
-            batch = collate(group, case.student.pad_token_id)
+        for group in micro_batches(case.rows, hardware.max_tokens_per_micro_batch, packs=module.packs):
+            batch = collate(group)
             output = module(batch, temperature=TEMPERATURE, kd_ratio=KD_RATIO, normaliser=num_response_tokens)
             output.loss.backward()
             total += output.loss.item()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_BEGINNING_CHARS = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -23,6 +25,11 @@ class Record:
     def response(self) -> str:
         """The response that the row trains on."""
         return self.references[0]
+
+    @property
+    def beginning(self) -> str:
+        """The first 200 characters of the instruction: what files and tables show of the row."""
+        return self.instruction[:_BEGINNING_CHARS]
 
 
 @dataclass(frozen=True, slots=True)

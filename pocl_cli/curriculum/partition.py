@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from pocl_cli.errors import ConfigError, DataError
-from pocl_cli.records import Record, ScoredRecord, Subset
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class SubsetSummary(TypedDict):
     """One subset. `rouge_l` is the mean F1 × 100, `cross_entropy` the mean of the rows' nats per response token.
 
-    Means are None where nothing was measured; `sample_instructions` are of the easiest, the middle and the hardest row.
+    Means are None where nothing was measured; `sample_instructions` are the beginnings of those of the easiest, the
+    middle and the hardest row.
     """
 
     subset: int
@@ -25,11 +28,17 @@ class SubsetSummary(TypedDict):
     sample_instructions: list[str]
 
 
-def cut(ordered_ids: Sequence[str], num_subsets: int) -> tuple[Subset, ...]:
-    """Subsets of ⌊N/n⌋ rows in the given order; the last takes the rest. POCL, arXiv 2506.05695.
+# What the means of a summary are taken of.
+SUMMARISED = ("rouge_l", "cross_entropy", "num_prompt_tokens", "num_response_tokens")
+
+
+def cut(num_rows: int, num_subsets: int) -> tuple[range, ...]:
+    """Subsets of ⌊N/n⌋ rows, as their places in the order (0 = easiest); the last takes the rest.
+
+    POCL, arXiv 2506.05695.
 
     Args:
-        ordered_ids: record ids `[N]`, easiest first.
+        num_rows: N.
         num_subsets: n, at least 1.
 
     Raises:
@@ -37,7 +46,6 @@ def cut(ordered_ids: Sequence[str], num_subsets: int) -> tuple[Subset, ...]:
         ConfigError: there are more subsets than rows.
     """
     assert num_subsets >= 1, f"a partition into {num_subsets} subsets"
-    num_rows = len(ordered_ids)
     if num_rows == 0:
         raise DataError(
             "no rows to cut into subsets", where="the partition", fix="check dataset.path and dataset.limit"
@@ -52,46 +60,41 @@ def cut(ordered_ids: Sequence[str], num_subsets: int) -> tuple[Subset, ...]:
     size = num_rows // num_subsets
     starts = [index * size for index in range(num_subsets)]
     ends = [*starts[1:], num_rows]
-    return tuple(
-        Subset(index, tuple(ordered_ids[start:end]))
-        for index, (start, end) in enumerate(zip(starts, ends, strict=True))
-    )
+    return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def sample_places(subset: range) -> list[int]:
+    """The places of the easiest, the middle and the hardest row of a subset, each named once."""
+    return sorted({subset[0], subset[len(subset) // 2], subset[-1]})
 
 
 def partition_summary(
-    subsets: Sequence[Subset], records: Mapping[str, Record], scored: Mapping[str, ScoredRecord]
+    subsets: Sequence[range], ordered: pa.Table, instructions: Mapping[int, str]
 ) -> list[SubsetSummary]:
     """What `summary.json` and the table on the terminal show of every subset.
 
     Args:
-        subsets: the partition.
-        records: every row of it, by id.
-        scored: the student's measurements of every row, by id; empty where the difficulty needed none.
+        subsets: the partition, as `cut` gives it.
+        ordered: the rows, easiest first, with those columns of `SUMMARISED` that were measured.
+        instructions: the beginnings of the instructions at `sample_places`, by place.
     """
-    return [_subset_summary(subset, records, scored) for subset in subsets]
+    return [
+        SubsetSummary(
+            subset=index,
+            num_rows=len(subset),
+            rouge_l=None if (rouge := _mean(ordered, "rouge_l", subset)) is None else 100 * rouge,
+            cross_entropy=_mean(ordered, "cross_entropy", subset),
+            num_prompt_tokens=_mean(ordered, "num_prompt_tokens", subset),
+            num_response_tokens=_mean(ordered, "num_response_tokens", subset),
+            sample_instructions=[instructions[place] for place in sample_places(subset)],
+        )
+        for index, subset in enumerate(subsets)
+    ]
 
 
-def _subset_summary(subset: Subset, records: Mapping[str, Record], scored: Mapping[str, ScoredRecord]) -> SubsetSummary:
-    ids = subset.record_ids
-    rows = [scored[record_id] for record_id in ids] if scored else []
-    rouge = _mean(row.rouge_l for row in rows)
-    samples = sorted({0, len(ids) // 2, len(ids) - 1})
-    return SubsetSummary(
-        subset=subset.index,
-        num_rows=len(ids),
-        rouge_l=None if rouge is None else 100 * rouge,
-        cross_entropy=_mean(row.cross_entropy for row in rows),
-        num_prompt_tokens=_mean(row.num_prompt_tokens for row in rows),
-        num_response_tokens=_mean(row.num_response_tokens for row in rows),
-        sample_instructions=[records[ids[position]].instruction for position in samples],
-    )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean; None for no values, or where one of them is missing."""
-    present: list[float] = []
-    for value in values:
-        if value is None:
-            return None
-        present.append(value)
-    return math.fsum(present) / len(present) if present else None
+def _mean(ordered: pa.Table, name: str, subset: range) -> float | None:
+    """The mean of a column over a subset; None where the column, or a value of it, is missing."""
+    if name not in ordered.column_names:
+        return None
+    column = ordered[name].slice(subset.start, len(subset))
+    return None if column.null_count else math.fsum(column.to_numpy()) / len(subset)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pocl_cli.difficulty.columns import FloatArray, measured
-from pocl_cli.records import ScoredRecord
+from pocl_cli.difficulty.scores import FloatArray, Scores
 from pocl_cli.registry import difficulty_measurers
 
 
@@ -22,5 +20,5 @@ class CrossEntropy:
 
     needs: ClassVar[frozenset[str]] = frozenset({"cross_entropy"})
 
-    def __call__(self, rows: Sequence[ScoredRecord]) -> FloatArray:
-        return measured(rows, "cross_entropy")
+    def __call__(self, scores: Scores) -> FloatArray:
+        return scores.column("cross_entropy")

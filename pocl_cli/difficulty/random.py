@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from pocl_cli.difficulty.columns import FloatArray
-from pocl_cli.records import ScoredRecord
+from pocl_cli.difficulty.scores import FloatArray, Scores
 from pocl_cli.registry import difficulty_measurers
 
 _MANTISSA_BITS = 53
@@ -29,9 +26,9 @@ class Random:
 
     seed: int
 
-    def __call__(self, rows: Sequence[ScoredRecord]) -> FloatArray:
-        return np.array([self._uniform(row.id) for row in rows], dtype=np.float64)
-
-    def _uniform(self, record_id: str) -> float:
-        digest = hashlib.sha256(f"{self.seed}:{record_id}".encode()).digest()
-        return math.ldexp(int.from_bytes(digest[:8], "big") >> (64 - _MANTISSA_BITS), -_MANTISSA_BITS)
+    def __call__(self, scores: Scores) -> FloatArray:
+        digests = bytearray()
+        for record_id in scores.each_id():
+            digests += hashlib.sha256(f"{self.seed}:{record_id}".encode()).digest()[:8]
+        drawn = np.frombuffer(digests, dtype=">u8") >> (64 - _MANTISSA_BITS)
+        return np.ldexp(drawn.astype(np.float64), -_MANTISSA_BITS)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pocl_cli.difficulty.columns import Column, FloatArray, measured, require_finite
-from pocl_cli.records import ScoredRecord
+from pocl_cli.difficulty.scores import FloatArray, IntArray, Scores, require_finite
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MOST = 0.5
 
@@ -20,21 +22,25 @@ def average_ranks(values: FloatArray) -> FloatArray:
     return ranks
 
 
-def rank_rows(ids: Sequence[str], difficulty: FloatArray) -> list[int]:
-    """Positions of the rows, easiest first; rows of equal difficulty follow each other by record id.
+def rank_rows(ids: pa.ChunkedArray, difficulty: FloatArray) -> IntArray:
+    """Positions of the rows `[N]`, easiest first; rows of equal difficulty follow each other by record id.
 
     Args:
-        ids: record ids `[N]`, distinct.
+        ids: record ids `[N]`, distinct; by the bytes of their UTF-8, which is the order of their code points.
         difficulty: `[N]`, higher = harder.
 
     Raises:
         NonFiniteError: a difficulty is NaN or infinite.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     assert difficulty.shape == (len(ids),), f"{len(ids)} ids and difficulties of shape {difficulty.shape}"
-    assert len(set(ids)) == len(ids), "record ids must be distinct"
     require_finite(ids, difficulty, "difficulty")
-    values = difficulty.tolist()
-    return sorted(range(len(ids)), key=lambda position: (values[position], ids[position]))
+    rows = pa.table({"difficulty": difficulty, "id": ids})
+    order = pc.sort_indices(rows, sort_keys=[("difficulty", "ascending"), ("id", "ascending")])
+    positions: IntArray = order.to_numpy().astype(np.int64)
+    return positions
 
 
 def tie_share(values: FloatArray) -> float:
@@ -49,9 +55,9 @@ def tie_share(values: FloatArray) -> float:
     return largest / len(values) if largest > 1 else 0.0
 
 
-def tie_shares(rows: Sequence[ScoredRecord], needs: Iterable[str], difficulty: FloatArray) -> dict[str, float]:
+def tie_shares(scores: Scores, needs: Iterable[str], difficulty: FloatArray) -> dict[str, float]:
     """`tie_share` of every column that the measurer reads and, under `difficulty`, of what it made of them."""
-    shares = {column: tie_share(measured(rows, cast(Column, column))) for column in sorted(needs)}
+    shares = {column: tie_share(scores.column(column)) for column in sorted(needs)}
     return {**shares, "difficulty": tie_share(difficulty)}
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from pocl_cli.difficulty.columns import FloatArray, measured
 from pocl_cli.difficulty.ranking import average_ranks
-from pocl_cli.records import ScoredRecord
+from pocl_cli.difficulty.scores import FloatArray, Scores
 from pocl_cli.registry import difficulty_measurers
 
 
@@ -29,7 +27,7 @@ class ReciprocalRankFusion:
 
     k: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-    def __call__(self, rows: Sequence[ScoredRecord]) -> FloatArray:
-        rouge_ranks = average_ranks(-measured(rows, "rouge_l"))
-        cross_entropy_ranks = average_ranks(measured(rows, "cross_entropy"))
+    def __call__(self, scores: Scores) -> FloatArray:
+        rouge_ranks = average_ranks(-scores.column("rouge_l"))
+        cross_entropy_ranks = average_ranks(scores.column("cross_entropy"))
         return -(1 / (self.k + rouge_ranks) + 1 / (self.k + cross_entropy_ranks))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pocl_cli.log import get_logger
 
 if TYPE_CHECKING:
     from pocl_cli.schema import HardwareConfig
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 # Tokens of one forward pass, padding included. Training keeps activations of all layers, decoding a cache.
 _TOKENS_ON_CPU, _TOKENS_ELSEWHERE = 4096, 16384
@@ -66,10 +70,24 @@ def set_up_hardware(config: HardwareConfig) -> Hardware:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if device.type == "cpu" and config.precision == "bfloat16" and not torch.backends.mkldnn.is_available():
         get_logger().warning("bfloat16 on this CPU is very slow; hardware.precision=float32 is the better choice")
     default = _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS_ELSEWHERE
     return Hardware(device, config.precision, config.max_tokens_per_micro_batch or default, config.objective_memory_mb)
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep large blocks that are freed, and give them out again.
+
+    By itself it maps every tensor above 32 MiB anew, and the system then clears it page by page: for logits that took
+    as long as a quarter of the whole training step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device(name: str) -> torch.device:

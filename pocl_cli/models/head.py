@@ -2,12 +2,11 @@
 
 Most positions of a batch need no logits; with the halves apart, the head runs on the response tokens alone, in chunks.
 
-B rows, L positions, N selected positions, D hidden size, V rows of the output layer (padding rows included).
+N selected tokens, D hidden size, V rows of the output layer (padding rows included).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_cli.log import get_logger
+from pocl_cli.models import attention
+from pocl_cli.models.batch import Batch, PaddedRows, make_batch
 
 # Names under which architectures keep the factor on their logits and the cap on them. Whether a model uses what its
 # configuration names, and which way round, only the comparison with its own logits tells.
@@ -52,7 +53,14 @@ class OutputHead(nn.Module):
         self.multiplier, self.divisor, self.soft_cap = multiplier, divisor, soft_cap
 
     def forward(self, hidden_nD: Tensor) -> Tensor:
-        logits_nV: Tensor = hidden_nD if self.projection is None else self.projection(hidden_nD)
+        return self.shape_logits(self.project(hidden_nD))
+
+    def project(self, hidden_nD: Tensor) -> Tensor:
+        """The output layer alone `[n, V]`."""
+        return hidden_nD if self.projection is None else self.projection(hidden_nD)
+
+    def shape_logits(self, logits_nV: Tensor) -> Tensor:
+        """What is done to each projected value: factors and cap. The same tensor where there is none."""
         if self.multiplier != 1:
             logits_nV = logits_nV * self.multiplier
         if self.divisor != 1:
@@ -74,30 +82,48 @@ class HeadedModel(nn.Module):
         hidden_size: D, the width of what `hidden_states` returns.
     """
 
-    def __init__(self, model: PreTrainedModel, head: OutputHead, hidden_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, head: OutputHead, hidden_size: int, *, causal: bool = False) -> None:
         super().__init__()
         self.model = model
         self.head = head
         self.hidden_size = hidden_size
+        self._causal = causal
 
     @property
     def num_logits(self) -> int:
         """V, the width of the logits before they are cut to the tokenizer's size."""
         return self.head.num_logits
 
-    def hidden_states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_mask_BL: Tensor) -> Tensor:
-        """The final hidden states of the selected positions `[N, D]`, in row-major order.
+    @property
+    def packs(self) -> bool:
+        """Whether rows are put one after another instead of side by side with padding.
 
-        Args:
-            input_ids_BL: token ids.
-            attention_mask_BL: 1 for tokens, 0 for padding on either side; None where every position is a token.
-            position_mask_BL: True for the positions wanted.
+        On the CPU, where the architecture allows for it: elsewhere, attention row by row would be many small kernels.
         """
+        return self._attends_causally and self.model.device.type == "cpu"
+
+    @property
+    def _attends_causally(self) -> bool:
+        # With gradient checkpointing, layers run again when the model's own attention is back in its place.
+        # The newer name of the same property, where this transformers has it.
+        recomputes = getattr(self.model, "is_activation_checkpointing", None)
+        if recomputes is None:
+            recomputes = self.model.is_gradient_checkpointing
+        return self._causal and not recomputes
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The final hidden states that predict the response tokens `[N, D]`, row after row."""
+        if self.packs:
+            return attention.packed_hidden_states(self.model.base_model, batch)
+        return self.padded_hidden_states(batch.padded())
+
+    def padded_hidden_states(self, rows: PaddedRows) -> Tensor:
+        """The same from rows side by side."""
+        if self._attends_causally:
+            return attention.padded_hidden_states(self.model.base_model, rows)
         if self.head.projection is not None:
-            return _backbone_states(self.model, input_ids_BL, attention_mask_BL, position_mask_BL)
-        outputs = self.model(**_inputs(self.model, input_ids_BL, attention_mask_BL))
-        logits: Tensor = outputs.logits
-        return logits[position_mask_BL]
+            return _select(self.model.base_model, "last_hidden_state", rows)
+        return _select(self.model, "logits", rows)
 
 
 def split_model(model: PreTrainedModel) -> HeadedModel:
@@ -105,16 +131,18 @@ def split_model(model: PreTrainedModel) -> HeadedModel:
 
     The head is compared with the model's own logits on a small batch, so call this before the model is sharded.
     """
+    # GPT-2 would read the token ids back from the device, and warn that a mask is missing.
+    model.base_model.warn_if_padding_and_no_attention_mask = _no_mask_is_needed  # type: ignore[assignment]
     with torch.no_grad(), _evaluation_mode(model):
-        input_ids_BL, attention_mask_BL = _probe_batch(model)
-        selected_BL = attention_mask_BL.bool()
-        logits_NV = model(**_inputs(model, input_ids_BL, attention_mask_BL)).logits[selected_BL]
+        probe = _probe_batch(model)
+        logits_NV = _select(model, "logits", probe.padded())
         candidates = list(_candidate_heads(model, logits_NV.shape[-1]))
         if candidates:
-            hidden_ND = _backbone_states(model, input_ids_BL, attention_mask_BL, selected_BL)
+            hidden_ND = _select(model.base_model, "last_hidden_state", probe.padded())
             head = _best_match(candidates, hidden_ND, logits_NV)
             if head is not None:
-                return HeadedModel(model, head, hidden_ND.shape[-1])
+                causal = attention.is_exchangeable(model.base_model, probe, hidden_ND, _tolerance(hidden_ND))
+                return HeadedModel(model, head, hidden_ND.shape[-1], causal=causal)
     get_logger().warning(
         "%s: no output head reproduces the model's own logits; the logits of every position are computed instead, "
         "which needs more memory and time",
@@ -127,8 +155,11 @@ def _best_match(candidates: list[OutputHead], hidden_ND: Tensor, logits_NV: Tens
     # A cap or factor near 1 may pass as rounding: the closest candidate wins, not the first that is close enough.
     differences = [_largest_difference(candidate(hidden_ND), logits_NV) for candidate in candidates]
     best = min(range(len(candidates)), key=differences.__getitem__)
-    tolerance = _TOLERANCE[logits_NV.dtype] * logits_NV.abs().max().item()
-    return candidates[best] if differences[best] <= tolerance else None
+    return candidates[best] if differences[best] <= _tolerance(logits_NV) else None
+
+
+def _tolerance(expected: Tensor) -> float:
+    return _TOLERANCE[expected.dtype] * expected.abs().max().item()
 
 
 def _largest_difference(logits_NV: Tensor, expected_NV: Tensor) -> float:
@@ -153,30 +184,23 @@ def _candidate_heads(model: PreTrainedModel, num_logits: int) -> Iterator[Output
             yield OutputHead(projection, num_logits, **scale, soft_cap=soft_cap)
 
 
-def _backbone_states(
-    model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_mask_BL: Tensor
-) -> Tensor:
-    backbone = model.base_model
-    hidden_BLD: Tensor = backbone(**_inputs(backbone, input_ids_BL, attention_mask_BL)).last_hidden_state
-    return hidden_BLD[position_mask_BL]
+def _select(module: nn.Module, output: str, rows: PaddedRows) -> Tensor:
+    """One output of the selected positions `[N, …]`."""
+    values_BLX: Tensor = getattr(module(input_ids=rows.input_ids_BL, use_cache=False), output)
+    return values_BLX.flatten(0, 1).index_select(0, rows.selected_N)
 
 
-def _inputs(module: nn.Module, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> dict[str, object]:
-    inputs: dict[str, object] = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
-    # GPT-2 counts padding on the left as positions unless it is told otherwise.
-    if attention_mask_BL is not None and "position_ids" in inspect.signature(module.forward).parameters:
-        inputs["position_ids"] = (attention_mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
-    return inputs
-
-
-def _probe_batch(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Two rows of ids spread over the vocabulary, the second padded on the right."""
+def _probe_batch(model: PreTrainedModel) -> Batch:
+    """Three rows of ids spread over the vocabulary, every position selected."""
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
-    input_ids_BL = (torch.arange(16, device=model.device) * 7919 % embedding.shape[0]).view(2, 8)
-    attention_mask_BL = torch.ones_like(input_ids_BL)
-    attention_mask_BL[1, 5:] = 0
-    return input_ids_BL, attention_mask_BL
+    ids = iter((torch.arange(18) * 7919 % embedding.shape[0]).tolist())
+    rows = [[next(ids) for _ in range(length)] for length in (8, 3, 7)]
+    return make_batch("abc", rows, [range(len(row)) for row in rows], []).to(model.device)
+
+
+def _no_mask_is_needed(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Stands in for a warning of transformers: padding, where there is any, is on the right."""
 
 
 @contextmanager

@@ -26,6 +26,11 @@ class Teacher(Protocol):
         """Width of the logits, padding rows included."""
         ...
 
+    @property
+    def packs(self) -> bool:
+        """Whether the teacher reads rows without padding."""
+        ...
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
 
@@ -50,7 +55,12 @@ class OnlineTeacher:
         """Width of the logits, padding rows included."""
         return self._headed.num_logits
 
+    @property
+    def packs(self) -> bool:
+        """Whether the teacher reads rows without padding."""
+        return self._headed.packs
+
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
         """As `Teacher.hidden_states`."""
-        return self._headed.hidden_states(batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)
+        return self._headed.hidden_states(batch)

@@ -225,7 +225,6 @@ def _job(
         rows=rows.train,
         settings=settings,
         folder=folder,
-        pad_token_id=loaded.pad_token_id,
         evaluate_dev=evaluate_dev if evaluates else None,
         track=track,
         show=show,

@@ -1,9 +1,15 @@
-"""`pocl partition`: rank the rows and cut them into subsets, easy to hard."""
+"""`pocl partition`: rank the rows and cut them into subsets, easy to hard.
+
+Rows are columns of arrays here, never objects: there may be ten million of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,17 +18,18 @@ from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
-from pocl_cli.curriculum.partition import cut, partition_summary
+from pocl_cli.curriculum.partition import SUMMARISED, cut, partition_summary, sample_places
 from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
+from pocl_cli.difficulty.scores import IntArray, Scores
 from pocl_cli.log import get_logger
-from pocl_cli.models.load import load_tokenizer
-from pocl_cli.records import ScoredRecord, Subset
+from pocl_cli.records import Subset
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult, obtain
-from pocl_cli.steps.rows import training_rows
-from pocl_cli.steps.score import read_scores
 
 PARTITION = pa.schema([("id", pa.string()), ("difficulty_rank", pa.int64()), ("subset", pa.int32())])
+
+# The beginnings of the instructions of rows, given their positions in the scores.
+Instructions = Callable[[IntArray], list[str]]
 
 
 def run(run: Run) -> StepResult:
@@ -33,34 +40,36 @@ def run(run: Run) -> StepResult:
     if found is not None:
         return StepResult(found, made=False)
     difficulty = run.config.difficulty
-    scores = _scores(chain) if difficulty.needs else None
+    scored = obtain(run, "score", chain.score_key("student"), chain.store) if difficulty.needs else None
     with chain.store.open_work(key) as work:
         if work.finished is not None:
             return StepResult(work.finished, made=False)
-        rows = training_rows(run.config, load_tokenizer(chain.student))
-        scored = (
-            read_scores(chain.store, scores) if scores else [_unmeasured(record_id) for record_id in rows.train.ids]
+        scores, instructions = (
+            _read_scores(chain.store, scored, difficulty.needs) if scored is not None else _unmeasured(chain)
         )
 
         # ── measure, order, cut ───────────────────────────────────────────────────────────────────────────────────
-        values = difficulty(scored)
-        ordered = [scored[position].id for position in rank_rows([row.id for row in scored], values)]
-        ties = tie_shares(scored, difficulty.needs, values)
+        values = difficulty(scores)
+        order = rank_rows(scores.ids, values)
+        ties = tie_shares(scores, difficulty.needs, values)
         warning = tie_warning(ties)
         if warning:
             get_logger().warning(warning)
-        subsets = cut(ordered, run.config.curriculum.stages)
+        subsets = cut(len(order), run.config.curriculum.stages)
 
         # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
-        summary = partition_summary(subsets, rows.records, {row.id: row for row in scored} if scores else {})
-        durable.write_parquet(work.path / "partition.parquet", _table(subsets))
+        ordered = scores.table.take(order)
+        places = [place for subset in subsets for place in sample_places(subset)]
+        shown = dict(zip(places, instructions(order[places]), strict=True))
+        summary = partition_summary(subsets, ordered, shown)
+        durable.write_parquet(work.path / "partition.parquet", _table(ordered["id"], subsets))
         durable.write_json(
             work.path / "summary.json",
             {"difficulty": difficulty.name, "subsets": summary, "tie_shares": ties, "warning": warning},
         )
         artifact = work.commit(
             config=run.resolved,
-            inputs={"scores": scores.id} if scores else {},
+            inputs={"scores": scored.id} if scored is not None else {},
             command=run.command,
             seed=getattr(difficulty, "seed", None),
         )
@@ -71,25 +80,57 @@ def run(run: Run) -> StepResult:
 def read_partition(store: Store, artifact: Artifact) -> list[Subset]:
     """The subsets of a partition artifact, easiest first, each in order of difficulty; its files are hashed again."""
     store.verify(artifact)
-    members: dict[int, list[str]] = {}
-    for row in pq.read_table(artifact.path / "partition.parquet").sort_by("difficulty_rank").to_pylist():
-        members.setdefault(row["subset"], []).append(row["id"])
-    return [Subset(index, tuple(members[index])) for index in sorted(members)]
+    rows = pq.read_table(artifact.path / "partition.parquet").sort_by("difficulty_rank")
+    indices, starts, sizes = np.unique(rows["subset"].to_numpy(), return_index=True, return_counts=True)
+    return [
+        Subset(index, tuple(rows["id"].slice(start, size).to_pylist()))
+        for index, start, size in zip(indices.tolist(), starts.tolist(), sizes.tolist(), strict=True)
+    ]
 
 
-def _scores(chain: Chain) -> Artifact:
-    return obtain(chain.run, "score", chain.score_key("student"), chain.store)
+def _read_scores(store: Store, artifact: Artifact, needs: Iterable[str]) -> tuple[Scores, Instructions]:
+    """What a scores artifact says of the rows, after its files have been hashed again; its texts stay on the disk."""
+    store.verify(artifact)
+    path = artifact.path / "scores.parquet"
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=["id", *{*SUMMARISED, *needs}])
+    return Scores(table), partial(_read_instructions, path)
 
 
-def _unmeasured(record_id: str) -> ScoredRecord:
-    return ScoredRecord(record_id, 0, 0, float("nan"))
+def _read_instructions(path: Path, positions: IntArray) -> list[str]:
+    """The column `instruction` of single rows, in batches: the whole column may be larger than the memory."""
+    found: dict[int, str] = {}
+    with pq.ParquetFile(path) as file:
+        end = 0
+        for group in range(file.num_row_groups):
+            start, end = end, end + file.metadata.row_group(group).num_rows
+            if not np.any((positions >= start) & (positions < end)):
+                continue
+            for batch in file.iter_batches(row_groups=[group], columns=["instruction"]):
+                inside = positions[(positions >= start) & (positions < start + batch.num_rows)]
+                found.update(zip(inside.tolist(), batch[0].take(inside - start).to_pylist(), strict=True))
+                start += batch.num_rows
+    return [found[position] for position in positions.tolist()]
 
 
-def _table(subsets: Sequence[Subset]) -> pa.Table:
-    rows = [(record_id, subset.index) for subset in subsets for record_id in subset.record_ids]
+def _unmeasured(chain: Chain) -> tuple[Scores, Instructions]:
+    """The ids alone, which come from the data set: what a difficulty gets that needs no measurement."""
+    # torch and transformers: seconds, and most of a GB, which the rows that were measured do without.
+    from pocl_cli.models.load import load_tokenizer
+    from pocl_cli.steps.rows import training_rows
+
+    rows = training_rows(chain.config, load_tokenizer(chain.student))
+    ids = rows.train.ids
+    scores = Scores(pa.table({"id": pa.array(ids, pa.string())}))
+    return scores, lambda positions: [rows.records[ids[position]].beginning for position in positions.tolist()]
+
+
+def _table(ids: pa.ChunkedArray, subsets: Iterable[range]) -> pa.Table:
+    sizes = [len(subset) for subset in subsets]
     columns = {
-        "id": [record_id for record_id, _ in rows],
-        "difficulty_rank": list(range(1, len(rows) + 1)),
-        "subset": [subset for _, subset in rows],
+        "id": ids,
+        "difficulty_rank": np.arange(1, len(ids) + 1),
+        "subset": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
     }
-    return pa.table(columns, schema=PARTITION)
+    # In one chunk: the file's bytes must not depend on how the scores were read.
+    return pa.table(columns, schema=PARTITION).combine_chunks()

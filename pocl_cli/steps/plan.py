@@ -55,7 +55,8 @@ def show(chain: Chain) -> None:
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
     ids = [str(number) for number in range(num_rows)]
-    subsets = cut(ids, config.curriculum.stages) if config.curriculum.needs_partition else [Subset(0, tuple(ids))]
+    parts = cut(num_rows, config.curriculum.stages) if config.curriculum.needs_partition else [range(num_rows)]
+    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
     table = stage_table(
         config.curriculum(subsets),
         global_batch_size=config.train.global_batch_size,

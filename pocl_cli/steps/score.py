@@ -11,8 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
-from pocl_cli.artifacts.manifest import Artifact
-from pocl_cli.artifacts.store import Store
 from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
@@ -28,13 +26,14 @@ from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
-from pocl_cli.training.measure import measure_cross_entropy, measure_teacher
+from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.shards import in_shards
 
 # Measures the rows of a shard. Batches are formed inside a shard, and shards depend on the rows alone, so an
 # interrupted step that resumes measures the same batches.
 Measure: TypeAlias = Callable[[list[TokenisedRow]], list[ScoredRecord]]
-SCORES = pa.schema(
+MEASURED = pa.schema(
     [
         ("id", pa.string()),
         ("num_prompt_tokens", pa.int32()),
@@ -44,6 +43,8 @@ SCORES = pa.schema(
         ("rouge_l", pa.float64()),
     ]
 )
+# `instruction` is its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
+SCORES = MEASURED.append(pa.field("instruction", pa.string()))
 
 
 def run(run: Run) -> StepResult:
@@ -51,12 +52,6 @@ def run(run: Run) -> StepResult:
     chain = Chain(run)
     results = [_measure(chain, who) for who in chain.measured]
     return results[-1]
-
-
-def read_scores(store: Store, artifact: Artifact) -> list[ScoredRecord]:
-    """The rows of a scores artifact, after its files have been hashed again."""
-    store.verify(artifact)
-    return [ScoredRecord(**row) for row in pq.read_table(artifact.path / "scores.parquet").to_pylist()]
 
 
 def _measure(chain: Chain, who: str) -> StepResult:
@@ -73,7 +68,9 @@ def _measure(chain: Chain, who: str) -> StepResult:
         with memory_errors_explained(hardware, f"measuring the {who}"):
             measure = (_student_measurer if who == "student" else _teacher_measurer)(chain, rows, hardware)
             scored = _measure_in_shards(chain.config, who, rows, measure, work.path / "shards")
-        durable.write_parquet(work.path / "scores.parquet", _table(scored))
+        beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
+        table = pa.table([*_table(scored).columns, beginnings], schema=SCORES)
+        durable.write_parquet(work.path / "scores.parquet", table)
         durable.write_jsonl(
             work.path / "dropped.jsonl",
             [{"location": row.location, "reason": row.reason, "id": row.id} for row in rows.dropped],
@@ -127,17 +124,11 @@ def _measure_in_shards(
 def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
     """Cross entropy; where the teacher's hidden states are stored, the same pass stores them."""
     assert chain.teacher is not None, "a chain without a teacher has no teacher to measure"
-    tokenizer = load_tokenizer(chain.teacher)
+    num_real = num_real_tokens(load_tokenizer(chain.teacher))
     teacher = teacher_of(chain, rows.train, hardware)
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
-        measured = measure_teacher(
-            teacher,
-            shard,
-            num_real_tokens=num_real_tokens(tokenizer),
-            pad_token_id=int(tokenizer.pad_token_id),
-            hardware=hardware,
-        )
+        measured = measure_teacher(teacher, shard, num_real_tokens=num_real, hardware=hardware)
         _refuse_non_finite(measured, "teacher")
         return measured
 
@@ -194,8 +185,8 @@ def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:
 
 
 def _table(scored: Sequence[ScoredRecord]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in SCORES.names}
-    return pa.table(columns, schema=SCORES)
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in MEASURED.names}
+    return pa.table(columns, schema=MEASURED)
 
 
 def _figures(scored: Sequence[ScoredRecord]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import load_model, load_tokenizer, read_config
+from pocl_cli.models.load import load_model, read_config
 from pocl_cli.models.teacher import OnlineTeacher, Teacher
 from pocl_cli.training.stored_teacher import open_teacher
 from pocl_cli.training.teacher_signals import TeacherSignals
@@ -41,7 +41,7 @@ def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teac
     signals = _signals(chain, rows)
     sizes = stored_sizes(source)
     signals.check_free_disk(token_bytes=sizes.token, head_bytes=sizes.head)
-    return open_teacher(signals, load, hardware=hardware, pad_token_id=int(load_tokenizer(source).pad_token_id))
+    return open_teacher(signals, load, hardware=hardware)
 
 
 class StoredSizes(NamedTuple):

@@ -33,16 +33,11 @@ class Journal:
             if int(part.stem) > state.step:
                 durable.remove_file(part)
 
-    def train_line(self, values: dict[str, Any], *, num_tokens: int, seconds: float) -> None:
-        """A line of one optimizer step; `num_tokens` response tokens took `seconds`."""
+    def train_line(self, values: dict[str, Any], *, tokens_per_second: float) -> None:
+        """A line of one optimizer step; `tokens_per_second` counts response tokens since the line before."""
         self._lines.append(values)
         self._timings.append(
-            {
-                "step": values["step"],
-                "seconds": seconds,
-                "response_tokens_per_second": num_tokens / seconds,
-                "time": time.time(),
-            }
+            {"step": values["step"], "response_tokens_per_second": tokens_per_second, "time": time.time()}
         )
         self.track(values, values["step"])
         get_logger().debug(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
-from pocl_cli.errors import Interrupted, NonFiniteError
+from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
+from pocl_cli.training.finite import FiniteGuard
 from pocl_cli.training.journal import Journal
 from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import cosine, make_optimizer
@@ -65,7 +66,6 @@ class TrainingJob:
     rows: Rows
     settings: LoopSettings
     folder: Path
-    pad_token_id: int
     evaluate_dev: Callable[[], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None]
     show: Advance = field(default=lambda n, note="": None)
@@ -94,7 +94,7 @@ def train(job: TrainingJob) -> TrainingState:
     elif job.evaluate_dev is not None:
         journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
 
-    saved, optimizer = state, None
+    saved, optimizer, guard = state, None, None
     signals = Signals()
     try:
         for row, stage in zip(job.table[state.stage :], job.stages[state.stage :], strict=True):
@@ -117,12 +117,13 @@ def train(job: TrainingJob) -> TrainingState:
                     "stage %d: %d rows, %d steps, temperature %.4g, kd_ratio %.4g",
                     stage.index, row["num_rows"], row["steps"], stage.temperature, stage.kd_ratio,
                 )  # fmt: skip
+            guard = FiniteGuard(stage, sampler, optimizer, first_step=state.step - state.stage_step + 1)
             if state.dev_due:
                 state = _evaluate_dev(job, journal, state, stage, sampler, signals)
 
+            waited = _Waited(state)
             for stage_step in range(state.stage_step, row["steps"]):
-                # ── one optimizer step ────────────────────────────────────────────────────────────────────────────
-                started = time.perf_counter()
+                # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
                 torch.manual_seed(derive_seed(settings.seed, "dropout", state.step))
                 lr = cosine(stage_step, schedule_steps, start=settings.lr, end=settings.lr_end)
                 for group in optimizer.param_groups:
@@ -136,8 +137,7 @@ def train(job: TrainingJob) -> TrainingState:
                 with signals.at_once():
                     loss, ce, kd = _accumulate(job, rows, stage, num_tokens)
                 grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
-                _refuse_non_finite(float(loss), float(grad_norm), stage, state.step + 1, record_ids)
-                optimizer.step()
+                guard.step(stage_step, loss, grad_norm)
 
                 state = replace(
                     state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
@@ -147,6 +147,7 @@ def train(job: TrainingJob) -> TrainingState:
                 epoch, last = sampler.epoch(stage_step), stage_step + 1 == row["steps"]
                 journal.consumed(record_ids, stage=stage.index, epoch=epoch, step=state.step)
                 if state.step == 1 or last or state.step % settings.log_every == 0:
+                    guard.refuse()
                     journal.train_line(
                         {
                             "step": state.step,
@@ -161,21 +162,25 @@ def train(job: TrainingJob) -> TrainingState:
                             "kd_ratio": stage.kd_ratio,
                             "num_tokens": state.num_tokens,
                         },
-                        num_tokens=num_tokens,
-                        seconds=time.perf_counter() - started,
+                        tokens_per_second=waited.tokens_per_second(state),
                     )
-                job.show(1, f"{num_tokens / (time.perf_counter() - started):,.0f} response tokens/s")
+                    waited = _Waited(state, note=f"{waited.tokens_per_second(state):,.0f} response tokens/s")
+                job.show(1, waited.note)
 
                 # ── dev evaluation at the end of an epoch and of the stage ────────────────────────────────────────
                 epoch_ends = (stage_step + 1) % sampler.steps_per_epoch == 0 or last
                 due = settings.evaluate_every and ((epoch + 1) % settings.evaluate_every == 0 or last)
                 if job.evaluate_dev is not None and epoch_ends and due:
+                    guard.refuse()
                     state = replace(state, dev_due=True)
                     state = _evaluate_dev(job, journal, state, stage, sampler, signals)
+                    waited = _Waited(state, note=waited.note)
 
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
                 if not last and state.step % settings.checkpoint_every == 0:
+                    guard.refuse()
                     state = saved = _save(job, journal, state, optimizer)
+                    waited = _Waited(state, note=waited.note)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
@@ -188,12 +193,24 @@ def train(job: TrainingJob) -> TrainingState:
     except Interrupted:
         # The step or the evaluation under way is given up and made again; what was done before it is kept.
         if state != saved:
+            if guard is not None:
+                guard.refuse()
             _save(job, journal, state, optimizer)
         raise
     finally:
         signals.release()
     journal.close()
     return state
+
+
+class _Waited:
+    """When the host last waited for the device, and after which tokens; `note` goes beside the progress until then."""
+
+    def __init__(self, state: TrainingState, note: str = "") -> None:
+        self.seconds, self.num_tokens, self.note = time.perf_counter(), state.num_tokens, note
+
+    def tokens_per_second(self, state: TrainingState) -> float:
+        return (state.num_tokens - self.num_tokens) / (time.perf_counter() - self.seconds)
 
 
 def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
@@ -207,30 +224,21 @@ def _accumulate(
     job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward and backward over the micro-batches of a global batch; its loss, CE and KD per response token."""
-    # On the CPU first: MPS has no float64.
-    totals = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
-    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch):
+    device = job.student.backbone.device
+    # MPS has no float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    totals = [torch.zeros((), dtype=dtype, device=device) for _ in range(3)]
+    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch, packs=job.student.packs):
         output = job.student(
-            collate(group, job.pad_token_id),
+            collate(group),
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             normaliser=max(num_tokens, 1),
         )
         output.loss.backward()
         parts = (output.loss.detach(), output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1))
-        totals = [total + part.cpu().double() for total, part in zip(totals, parts, strict=True)]
+        totals = [total + part for total, part in zip(totals, parts, strict=True)]
     return totals[0], totals[1], totals[2]
-
-
-def _refuse_non_finite(loss: float, grad_norm: float, stage: Stage, step: int, record_ids: Sequence[str]) -> None:
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteError(
-                f"the {name} is {value}",
-                where=f"stage {stage.index}, step {step}",
-                why=f"the records of the batch are {', '.join(record_ids)}; the step was not made",
-                fix="lower train.lr, use hardware.precision=float32, or remove the rows; earlier checkpoints are kept",
-            )
 
 
 def _evaluate_dev(

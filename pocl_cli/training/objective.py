@@ -2,8 +2,8 @@
 
 The only place that shifts labels, masks, applies temperature, runs output heads, sums and normalises.
 
-B rows, L positions, N response tokens of a batch, n of a chunk, D and E hidden sizes of student and teacher,
-V logits of real tokens.
+N response tokens of a batch, n of a chunk, t of a tile, D and E hidden sizes of student and
+teacher, V logits.
 """
 
 # ruff: noqa: N815 (fields carry shape suffixes too)
@@ -14,39 +14,44 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocl_cli.losses.divergence import KDMethod
-from pocl_cli.models.batch import Batch
+from pocl_cli.models.batch import Batch, make_batch
+from pocl_cli.models.head import OutputHead
 from pocl_cli.records import TokenisedRow
+from pocl_cli.training.projection import project_with_gradient
 
-# Peak memory of a chunk per token and real token: logits, log-probabilities and their gradients of both models, in
-# float32. Measured with gradients: 49 bytes for jsd, 43 srkl, 40 sfkl, 28 fkl and rkl, 27 tvd, 20 sft; the rest is for
-# 16-bit logits beside their float32 copy, padding rows, and the allocator.
-BYTES_PER_LOGIT = 64
+# Memory of a chunk per token and logit: the logits of both models, in whose place their gradients are written; the rest
+# is for 16-bit logits beside a float32 copy, and the allocator.
+BYTES_PER_LOGIT = 12
+
+# Peak memory of a tile per token and logit while the loss is computed: log-probabilities, their gradients and what the
+# divergences keep of them, in float32. Measured: 49 bytes for jsd, 43 srkl, 40 sfkl, 28 fkl and rkl, 27 tvd, 20 sft.
+BYTES_PER_LOGIT_OF_TILE = 56
+
+# A CPU works about twice as fast on what its second-level cache holds, so a tile's tensors are of this many bytes each.
+# Elsewhere a tile is the whole chunk: there, launching many small kernels would cost more.
+TILE_BYTES_ON_CPU = 2**20
 
 
-def response_positions(num_prompt_tokens: int, num_response_tokens: int) -> slice:
+def response_positions(num_prompt_tokens: int, num_response_tokens: int) -> range:
     """The positions of a row that predict its response: position t predicts token t + 1."""
     assert num_prompt_tokens > 0, "a row needs a prompt token that predicts the first token of its response"
-    return slice(num_prompt_tokens - 1, num_prompt_tokens - 1 + num_response_tokens)
+    return range(num_prompt_tokens - 1, num_prompt_tokens - 1 + num_response_tokens)
 
 
-def collate(rows: Sequence[TokenisedRow], pad_id: int) -> Batch:
-    """Puts rows side by side, padded on the right to the longest.
+def collate(rows: Sequence[TokenisedRow]) -> Batch:
+    """Rows as a batch: which positions count and what follows them comes from the lengths, never from a token's id.
 
-    Masks and targets come from the lengths, never from `pad_id`: where EOS is also the padding token, it is trained on.
+    Where EOS is also the padding token, it is trained on.
     """
-    shape = (len(rows), max(row.num_tokens for row in rows))
-    input_ids_BL = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask_BL = torch.zeros(shape, dtype=torch.long)
-    position_mask_BL = torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids_BL[i, : row.num_tokens] = torch.tensor([*row.prompt_ids, *row.response_ids], dtype=torch.long)
-        attention_mask_BL[i, : row.num_tokens] = 1
-        position_mask_BL[i, response_positions(len(row.prompt_ids), len(row.response_ids))] = True
-    targets_N = torch.tensor([token for row in rows for token in row.response_ids], dtype=torch.long)
-    return Batch(tuple(row.id for row in rows), input_ids_BL, attention_mask_BL, position_mask_BL, targets_N)
+    return make_batch(
+        [row.id for row in rows],
+        [[*row.prompt_ids, *row.response_ids] for row in rows],
+        [response_positions(len(row.prompt_ids), len(row.response_ids)) for row in rows],
+        [token for row in rows for token in row.response_ids],
+    )
 
 
 class ObjectiveOutput(NamedTuple):
@@ -74,14 +79,18 @@ def effective_kd_ratio(method: KDMethod, kd_ratio: float) -> float:
     return kd_ratio if method.needs_teacher else 0.0
 
 
-def tokens_per_chunk(num_logits: int, memory_mb: float) -> int:
+def tokens_per_chunk(num_logits: int, memory_mb: float, device: torch.device) -> int:
     """How many response tokens fit into `memory_mb` MiB at once; at least 1."""
-    return max(1, int(memory_mb * 2**20) // (num_logits * BYTES_PER_LOGIT))
+    room, tile_tokens = int(memory_mb * 2**20) // num_logits, _tokens_per_tile(num_logits, device)
+    one_tile = room // (BYTES_PER_LOGIT + BYTES_PER_LOGIT_OF_TILE)
+    if tile_tokens is None or one_tile <= tile_tokens:
+        return max(1, one_tile)
+    return (room - tile_tokens * BYTES_PER_LOGIT_OF_TILE) // BYTES_PER_LOGIT
 
 
 def distillation_loss(
     student_hidden_ND: Tensor,
-    student_head: nn.Module,
+    student_head: OutputHead,
     targets_N: Tensor,
     *,
     method: KDMethod,
@@ -91,7 +100,7 @@ def distillation_loss(
     normaliser: float,
     chunk_tokens: int,
     teacher_hidden_NE: Tensor | None = None,
-    teacher_head: nn.Module | None = None,
+    teacher_head: OutputHead | None = None,
 ) -> ObjectiveOutput:
     """The distillation loss of N response tokens, worked through in chunks.
 
@@ -137,29 +146,32 @@ def distillation_loss(
         loss, ce_N, kd_N = _LossWithGradient.apply(student_hidden_ND, terms, chunk_tokens, *parameters)  # type: ignore[no-untyped-call]
     else:
         ce_N, kd_N = terms.empty(student_hidden_ND)
-        for chunk in _chunks(len(targets_N), chunk_tokens):
-            ce_N[chunk], kd_N[chunk] = terms.per_token(student_hidden_ND[chunk], chunk)
+        for chunk in _slices(len(targets_N), chunk_tokens):
+            terms.evaluate(student_head.project(student_hidden_ND[chunk]), chunk, ce_N, kd_N)
         loss = terms.weigh(ce_N, kd_N)
     return ObjectiveOutput(loss, ce_N.sum(), kd_N.sum(), ce_N.new_tensor(len(ce_N)), ce_N, kd_N)
 
 
 @torch.no_grad()
 def cross_entropy_per_token(
-    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, *, num_real_tokens: int, chunk_tokens: int
+    hidden_ND: Tensor, head: OutputHead, targets_N: Tensor, *, num_real_tokens: int, chunk_tokens: int
 ) -> Tensor:
     """Negative log-likelihood of each target `[N]` in nats, without gradients, in chunks."""
     ce_N = torch.empty(len(targets_N), dtype=_at_least_float32(hidden_ND.dtype), device=hidden_ND.device)
-    for chunk in _chunks(len(targets_N), chunk_tokens):
-        ce_N[chunk] = _cross_entropy(_real_logits(head, hidden_ND[chunk], num_real_tokens), targets_N[chunk])
+    for chunk in _slices(len(targets_N), chunk_tokens):
+        projected_nV = head.project(hidden_ND[chunk])
+        for tile, tokens in _tiles(projected_nV, chunk):
+            logits_tV = _real_logits(head, projected_nV[tile], num_real_tokens)
+            ce_N[tokens] = logits_tV.logsumexp(dim=-1) - _at_targets(logits_tV, targets_N[tokens])
     return ce_N
 
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """Both terms of the loss for any chunk of the batch's response tokens."""
+    """Both terms of the loss, and their gradients, for any chunk of the batch's response tokens."""
 
-    student_head: nn.Module
-    teacher: tuple[nn.Module, Tensor] | None
+    student_head: OutputHead
+    teacher: tuple[OutputHead, Tensor] | None
     targets_N: Tensor
     method: KDMethod
     temperature: float
@@ -172,17 +184,60 @@ class _Terms:
         dtype = _at_least_float32(hidden_ND.dtype)
         return hidden_ND.new_zeros(len(hidden_ND), dtype=dtype), hidden_ND.new_zeros(len(hidden_ND), dtype=dtype)
 
-    def per_token(self, hidden_nD: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Cross entropy and divergence per token of a chunk, from the same logits of the student."""
-        logits_nV = _real_logits(self.student_head, hidden_nD, self.num_real_tokens)
-        ce_n = _cross_entropy(logits_nV, self.targets_N[chunk])
-        if self.teacher is None:
-            return ce_n, torch.zeros_like(ce_n)
-        teacher_head, teacher_hidden_NE = self.teacher
-        with torch.no_grad():
-            teacher_nV = _real_logits(teacher_head, teacher_hidden_NE[chunk], self.num_real_tokens)
-            teacher_nV = (teacher_nV / self.temperature).log_softmax(dim=-1)
-        return ce_n, self.method((logits_nV / self.temperature).log_softmax(dim=-1), teacher_nV)
+    def evaluate(
+        self, projected_nV: Tensor, chunk: slice, ce_N: Tensor, kd_N: Tensor, *, with_gradient: bool = False
+    ) -> None:
+        """Writes cross entropy and divergence of a chunk's tokens into `ce_N` and `kd_N`.
+
+        With `with_gradient`, the gradient with respect to the student's projected chunk takes that chunk's place.
+        """
+        teacher_nV = None
+        if self.teacher is not None:
+            teacher_head, teacher_hidden_NE = self.teacher
+            with torch.no_grad():
+                teacher_nV = teacher_head.project(teacher_hidden_NE[chunk])
+        for tile, tokens in _tiles(projected_nV, chunk):
+            projected_tV = projected_nV[tile].detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                logits_tV = _real_logits(self.student_head, projected_tV, self.num_real_tokens)
+            teacher_tV = None if teacher_nV is None else self._teacher_logprobs(teacher_nV[tile])
+            ce_N[tokens], kd_N[tokens], gradient_tV = self._per_token(
+                logits_tV.detach(), teacher_tV, self.targets_N[tokens], with_gradient=with_gradient
+            )
+            if with_gradient:
+                (projected_nV[tile],) = torch.autograd.grad(logits_tV, projected_tV, gradient_tV)
+
+    @torch.no_grad()
+    def _teacher_logprobs(self, projected_tV: Tensor) -> Tensor:
+        assert self.teacher is not None, "no teacher"
+        return self._tempered(_real_logits(self.teacher[0], projected_tV, self.num_real_tokens))
+
+    def _tempered(self, logits_tV: Tensor) -> Tensor:
+        """Log-probabilities at the stage's temperature."""
+        return (logits_tV if self.temperature == 1 else logits_tV / self.temperature).log_softmax(dim=-1)
+
+    def _per_token(
+        self, logits_tV: Tensor, teacher_logprobs_tV: Tensor | None, targets_t: Tensor, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cross entropy and divergence per token `[t]`, and the gradient of the student's logits."""
+        log_normaliser_t = logits_tV.logsumexp(dim=-1)
+        ce_t = log_normaliser_t - _at_targets(logits_tV, targets_t)
+        kd_t, gradient_tV = torch.zeros_like(ce_t), None
+        if teacher_logprobs_tV is not None:
+            with torch.set_grad_enabled(with_gradient):
+                leaf_tV = logits_tV.requires_grad_(with_gradient)
+                kd_t = self.method(self._tempered(leaf_tV), teacher_logprobs_tV)
+            # A method may not depend on the student at all (skew KL at alpha 1).
+            if kd_t.requires_grad:
+                (gradient_tV,) = torch.autograd.grad(kd_t, leaf_tV, torch.full_like(kd_t, self.kd_weight))
+            logits_tV, kd_t = logits_tV.detach(), kd_t.detach()
+        if with_gradient and gradient_tV is None:
+            gradient_tV = torch.zeros_like(logits_tV)
+        if gradient_tV is not None and self.ce_weight:
+            # The gradient of −log softmax at the target: softmax, and one less at the target.
+            gradient_tV.add_((logits_tV - log_normaliser_t[:, None]).exp_(), alpha=self.ce_weight)
+            gradient_tV.scatter_add_(-1, targets_t[:, None], gradient_tV.new_full((len(targets_t), 1), -self.ce_weight))
+        return ce_t, kd_t, gradient_tV
 
     def weigh(self, ce_n: Tensor, kd_n: Tensor) -> Tensor:
         """The share of these tokens in the loss."""
@@ -208,43 +263,52 @@ class _LossWithGradient(torch.autograd.Function):
         ce_N, kd_N = terms.empty(hidden_ND)
         hidden_gradient_ND = torch.zeros_like(hidden_ND)
         gradients = [torch.zeros_like(one, dtype=_at_least_float32(one.dtype)) for one in parameters]
-        for chunk in _chunks(len(hidden_ND), chunk_tokens):
-            with torch.enable_grad():
-                hidden_nD = hidden_ND[chunk].detach().requires_grad_(True)
-                ce_n, kd_n = terms.per_token(hidden_nD, chunk)
-                loss = terms.weigh(ce_n, kd_n)
-            ce_N[chunk], kd_N[chunk] = ce_n.detach(), kd_n.detach()
-            # A method may not depend on the student at all (skew KL at alpha 1).
-            if loss.requires_grad:
-                chunk_gradients = torch.autograd.grad(
-                    loss, (hidden_nD, *parameters), allow_unused=True, materialize_grads=True
-                )
-                hidden_gradient_ND[chunk] = chunk_gradients[0]
-                for total, part in zip(gradients, chunk_gradients[1:], strict=True):
-                    total += part
-        ctx.save_for_backward(hidden_gradient_ND, *gradients)
+        for chunk in _slices(len(hidden_ND), chunk_tokens):
+            projected_nV, backward = project_with_gradient(terms.student_head, hidden_ND[chunk], parameters)
+            terms.evaluate(projected_nV, chunk, ce_N, kd_N, with_gradient=True)
+            hidden_gradient_ND[chunk] = backward(projected_nV, gradients)
+        # On the context itself and not among its saved tensors: without another reference, autograd takes a gradient
+        # over as it is instead of copying it.
+        ctx.gradients = [hidden_gradient_ND, *gradients]
         ctx.mark_non_differentiable(ce_N, kd_N)
         return terms.weigh(ce_N, kd_N), ce_N, kd_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_ce_N: Tensor, grad_kd_N: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients, "backward through the objective works once"
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            gradient.mul_(grad_loss)
         # Autograd casts each gradient to its parameter's dtype.
-        hidden_gradient_ND, *gradients = (gradient * grad_loss for gradient in ctx.saved_tensors)
-        return hidden_gradient_ND, None, None, *gradients
+        return gradients[0], None, None, *gradients[1:]
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, chunk_tokens))
+def _slices(num_tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
-def _real_logits(head: nn.Module, hidden_nD: Tensor, num_real_tokens: int) -> Tensor:
-    logits_nV: Tensor = head(hidden_nD)[:, :num_real_tokens]
-    return logits_nV.to(_at_least_float32(logits_nV.dtype))
+def _tiles(projected_nV: Tensor, chunk: slice) -> Iterator[tuple[slice, slice]]:
+    """The tiles of a chunk: where each lies in the chunk, and in the batch."""
+    size = _tokens_per_tile(projected_nV.shape[-1], projected_nV.device) or len(projected_nV)
+    for tile in _slices(len(projected_nV), size):
+        yield tile, slice(chunk.start + tile.start, chunk.start + tile.stop)
 
 
-def _cross_entropy(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
-    return logits_nV.logsumexp(dim=-1) - logits_nV.gather(-1, targets_n[:, None]).squeeze(-1)
+def _tokens_per_tile(num_logits: int, device: torch.device) -> int | None:
+    """Response tokens of a tile; None where it is the whole chunk."""
+    return max(1, TILE_BYTES_ON_CPU // (4 * num_logits)) if device.type == "cpu" else None
+
+
+def _real_logits(head: OutputHead, projected_tV: Tensor, num_real_tokens: int) -> Tensor:
+    logits_tV = head.shape_logits(projected_tV)
+    if logits_tV.shape[-1] != num_real_tokens:
+        logits_tV = logits_tV[:, :num_real_tokens]
+    return logits_tV.to(_at_least_float32(logits_tV.dtype))
+
+
+def _at_targets(logits_tV: Tensor, targets_t: Tensor) -> Tensor:
+    return logits_tV.gather(-1, targets_t[:, None]).squeeze(-1)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

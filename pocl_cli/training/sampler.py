@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 from pocl_cli.records import Stage, TokenisedRow
@@ -44,20 +45,26 @@ class Sampler:
         return [ids[i] for i in permutation(len(ids), self.seed, "order", self.stage.index, epoch)]
 
 
-def micro_batches(rows: Sequence[TokenisedRow], max_tokens: int) -> list[list[TokenisedRow]]:
-    """`rows` in groups of like length, each padded to its longest row, with the least work in all.
+def micro_batches(rows: Sequence[TokenisedRow], max_tokens: int, *, packs: bool = False) -> list[list[TokenisedRow]]:
+    """`rows` in groups of like length, with the least work in all, each within `max_tokens` tokens.
 
-    The borders minimise padded tokens plus `GROUP_OVERHEAD_TOKENS` a group, while rows × longest stays within
-    `max_tokens`. A row that is longer than that makes a group of its own.
+    A group costs its tokens plus `GROUP_OVERHEAD_TOKENS`. Its tokens are those of its rows where the model `packs`
+    them one after another, else rows × longest. A row that is longer than `max_tokens` makes a group of its own.
     """
     ordered = sorted(rows, key=lambda row: (row.num_tokens, row.id))
+    lengths = [row.num_tokens for row in ordered]
+    before = [0, *itertools.accumulate(lengths)]
+
+    def tokens(start: int, end: int) -> int:
+        return before[end] - before[start] if packs else (end - start) * lengths[end - 1]
+
     # least[j]: the work of the j shortest rows in their best groups; border[j]: where the last of these groups starts.
-    least, border = [0], [0]
+    least, border, first = [0], [0], 0
     for end in range(1, len(ordered) + 1):
-        longest = ordered[end - 1].num_tokens
-        starts = range(max(0, end - max(1, max_tokens // longest)), end)
-        best = min(starts, key=lambda start: least[start] + (end - start) * longest)
-        least.append(least[best] + (end - best) * longest + GROUP_OVERHEAD_TOKENS)
+        while first < end - 1 and tokens(first, end) > max_tokens:
+            first += 1
+        best = min(range(first, end), key=lambda start: least[start] + tokens(start, end))
+        least.append(least[best] + tokens(best, end) + GROUP_OVERHEAD_TOKENS)
         border.append(best)
     groups: list[list[TokenisedRow]] = []
     end = len(ordered)

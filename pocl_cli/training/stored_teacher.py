@@ -31,9 +31,7 @@ class Tokens(NamedTuple):
     total: int = 0
 
 
-def open_teacher(
-    signals: TeacherSignals, load: Callable[[], OnlineTeacher], *, hardware: Hardware, pad_token_id: int
-) -> Teacher:
+def open_teacher(signals: TeacherSignals, load: Callable[[], OnlineTeacher], *, hardware: Hardware) -> Teacher:
     """The teacher that reads `signals` and adds what they lack.
 
     Falls back to the online teacher, with a warning, where the output head cannot be stored. The model is loaded now
@@ -51,7 +49,7 @@ def open_teacher(
         signals.commit_head(online.head)
         head = signals.head(hardware.device)
         assert head is not None, "the head has just been stored"
-    return StoredTeacher(signals, head, load, online, hardware=hardware, pad_token_id=pad_token_id)
+    return StoredTeacher(signals, head, load, online, hardware=hardware)
 
 
 class StoredTeacher:
@@ -66,7 +64,6 @@ class StoredTeacher:
         load: loads the teacher's model.
         online: the teacher, where it is loaded already.
         hardware: device and precision of what is computed.
-        pad_token_id: of the teacher's tokenizer, so that the bytes do not depend on the student.
 
     Attributes:
         asked: tokens whose hidden states were asked for.
@@ -81,11 +78,9 @@ class StoredTeacher:
         online: OnlineTeacher | None,
         *,
         hardware: Hardware,
-        pad_token_id: int,
     ) -> None:
         self._signals, self._head, self._load, self._hardware = signals, head, load, hardware
         self._online = online if signals.num_missing else None
-        self._pad_token_id = pad_token_id
         self.asked, self.computed = Tokens(), Tokens()
         get_logger().info(
             "the teacher's signals: %d of %d shards are stored; a shard is added when one of its rows is first needed",
@@ -102,6 +97,11 @@ class StoredTeacher:
     def num_logits(self) -> int:
         """Width of the logits, padding rows included."""
         return self._head.num_logits
+
+    @property
+    def packs(self) -> bool:
+        """True: what is read from the disk has no padding, and what is computed has batches of its own."""
+        return True
 
     def savings(self) -> str:
         """How many of the tokens that were asked for needed no forward pass, for a log."""
@@ -138,7 +138,7 @@ class StoredTeacher:
             parts = []
             for rows in shard_batches(shard):
                 with self._hardware.autocast():
-                    parts.append(self._online.hidden_states(collate(rows, self._pad_token_id).to(device)).cpu())
+                    parts.append(self._online.hidden_states(collate(rows).to(device)).cpu())
                 if not torch.isfinite(parts[-1]).all():
                     raise NonFiniteError(
                         "the teacher's hidden states are not finite",

@@ -42,21 +42,25 @@ class StudentWithObjective(nn.Module):
         self.headed = headed
         self.method, self.teacher = method, teacher
         self.num_real_tokens, self.hardware = num_real_tokens, hardware
-        self.chunk_tokens = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb)
+        self.chunk_tokens = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, hardware.device)
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The student as an ordinary model: what is saved."""
         return self.headed.model
 
+    @property
+    def packs(self) -> bool:
+        """Whether both models read rows without padding, so that a micro-batch is as large as its rows together."""
+        return self.headed.packs and (self.teacher is None or self.teacher.packs)
+
     def forward(self, batch: Batch, *, temperature: float, kd_ratio: float, normaliser: float) -> ObjectiveOutput:
         batch = batch.to(self.hardware.device)
-        places = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL)
         ratio = effective_kd_ratio(self.method, kd_ratio)
         with self.hardware.autocast():
             teacher_hidden_NE = self.teacher.hidden_states(batch) if ratio and self.teacher is not None else None
             return distillation_loss(
-                self.headed.hidden_states(*places),
+                self.headed.hidden_states(batch),
                 self.headed.head,
                 batch.targets_N,
                 method=self.method,

@@ -102,6 +102,10 @@ def test_steps_when_run_in_their_order_then_each_finds_the_one_before(folder: Pa
     rows = pq.read_table(scored.artifact.path / "scores.parquet").to_pylist()
     assert len(rows) == 24
     assert all(row["cross_entropy"] > 0 and 0 <= row["rouge_l"] <= 1 and row["generation"] is not None for row in rows)
+    told = [json.loads(line) for line in (folder / "inputs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["instruction"] for row in rows} <= {row["instruction"] for row in told}
+    [first, *_] = json.loads((parted.artifact.path / "summary.json").read_text(encoding="utf-8"))["subsets"]
+    assert set(first["sample_instructions"]) <= {row["instruction"] for row in rows}
     ranks = pq.read_table(parted.artifact.path / "partition.parquet").to_pylist()
     assert sorted(row["difficulty_rank"] for row in ranks) == list(range(1, 25))
     assert [row["subset"] for row in sorted(ranks, key=lambda row: row["difficulty_rank"])] == [0] * 12 + [1] * 12

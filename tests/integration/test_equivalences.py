@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import train
@@ -70,11 +71,22 @@ def test_run_when_batches_are_split_otherwise_then_has_the_same_losses_and_gradi
 
 
 @pytest.mark.parametrize("method", kd_methods.names())
+def test_run_when_rows_are_padded_then_has_the_same_losses_and_gradient_norms(method, monkeypatch):
+    packed = numbers(method)
+    monkeypatch.setattr(HeadedModel, "packs", False)
+
+    padded = numbers.__wrapped__(method)
+
+    assert padded == pytest.approx(packed, rel=1e-10)
+    assert padded != packed, "rounding tells that the rows lay otherwise"
+
+
+@pytest.mark.parametrize("method", kd_methods.names())
 def test_run_when_the_objective_works_in_other_chunks_then_has_the_same_losses_and_gradient_norms(method):
     whole = numbers(method)
-    few_tokens = make_student(method, memory_mb=0.1).chunk_tokens
+    few_tokens = make_student(method, memory_mb=0.11).chunk_tokens
 
-    chunked = numbers(method, memory_mb=0.1)
+    chunked = numbers(method, memory_mb=0.11)
 
     assert few_tokens == 4
     assert chunked == pytest.approx(whole, rel=1e-10)

@@ -170,7 +170,6 @@ def make_job(
         rows=RowsById(rows),
         settings=chosen,
         folder=folder,
-        pad_token_id=int(toy_tokenizer().pad_token_id),
         evaluate_dev=(lambda: dev_figures(student)) if evaluates else None,
         track=track,
     )

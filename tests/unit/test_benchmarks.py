@@ -1,4 +1,4 @@
-"""The benchmark on its small model: both sides must compute the same thing, or their times mean nothing."""
+"""The benchmarks at a small size: what they measure must be right, or their figures mean nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import yaml
 from pocl_cli.registry import kd_methods
 
 PROJECT = Path(__file__).parents[2]
-SCRIPT = PROJECT / "benchmarks" / "optimizer_step.py"
+SCRIPTS = PROJECT / "benchmarks"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("optimizer_step", SCRIPT)
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,11 +32,11 @@ def load_script() -> ModuleType:
     return module
 
 
-BENCHMARK = load_script()
+BENCHMARK = load_script("optimizer_step")
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -48,7 +48,7 @@ def measurement(**changes: float) -> Any:
 
 def test_benchmark_on_the_small_model_then_both_sides_agree_and_the_table_has_both() -> None:
     # So few tokens that ours makes several micro-batches.
-    ended = run_script("--methods", "fkl", "--repeats", "1", "--max-tokens-per-micro-batch", "256")
+    ended = run_script("optimizer_step", "--methods", "fkl", "--repeats", "1", "--max-tokens-per-micro-batch", "256")
 
     assert ended.returncode == 0, ended.stderr
     reference, ours = (json.loads(line) for line in ended.stdout.splitlines())
@@ -83,7 +83,25 @@ def test_difference_when_a_number_is_nan_then_it_is_nan(name: str) -> None:
 
 
 def test_benchmark_when_rows_come_without_a_model_then_it_stops_with_a_usage_error() -> None:
-    ended = run_script("--rows", "rows.jsonl")
+    ended = run_script("optimizer_step", "--rows", "rows.jsonl")
 
     assert ended.returncode == 2
     assert "--rows needs --model" in ended.stderr
+
+
+def test_partition_benchmark_at_two_sizes_then_has_a_line_and_a_table_row_of_each() -> None:
+    ended = run_script("partition", "--rows", "50", "300", "--difficulty", "cross_entropy")
+
+    assert ended.returncode == 0, ended.stderr
+    small, large = (json.loads(line) for line in ended.stdout.splitlines())
+    assert (small["num_rows"], large["num_rows"], large["difficulty"]) == (50, 300, "cross_entropy")
+    assert large["scores_gb"] > small["scores_gb"]
+    assert min(one[name] for one in (small, large) for name in ("seconds", "cpu_seconds", "peak_gb", "scores_gb")) > 0
+    assert [line.split()[0] for line in ended.stderr.splitlines()[-2:]] == ["50", "300"]
+
+
+def test_partition_benchmark_when_there_are_fewer_rows_than_subsets_then_it_stops_with_a_usage_error() -> None:
+    ended = run_script("partition", "--rows", "3")
+
+    assert ended.returncode == 2
+    assert "--rows must be at least 4" in ended.stderr

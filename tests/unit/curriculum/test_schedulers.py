@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pocl_cli.curriculum.partition import cut
 from pocl_cli.records import Stage, Subset
 from pocl_cli.registry import describe, schedulers
+
+from ...support.subsets import make_subsets
 
 CONF = Path(__file__).parents[3] / "conf" / "curriculum"
 
@@ -31,7 +32,7 @@ def _ids(num_rows: int) -> list[str]:
 
 
 def test_baby_step_when_default_then_has_the_papers_stages() -> None:
-    stages = _scheduler("baby_step")(cut(_ids(11), 4))
+    stages = _scheduler("baby_step")(make_subsets(_ids(11), 4))
     assert [len(stage.record_ids) for stage in stages] == [2, 4, 6, 11]
     assert [stage.epochs for stage in stages] == [8, 8, 8, 8]
     assert [stage.temperature for stage in stages] == pytest.approx([1, 4 / 3, 5 / 3, 2], abs=1e-12)
@@ -43,7 +44,7 @@ def test_baby_step_when_default_then_has_the_papers_stages() -> None:
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_baby_step_when_any_partition_then_each_stage_adds_the_next_subset(num_rows: int, num_stages: int) -> None:
     num_stages = min(num_rows, num_stages)
-    subsets = cut(_ids(num_rows), num_stages)
+    subsets = make_subsets(_ids(num_rows), num_stages)
     stages = _scheduler("baby_step", stages=num_stages)(subsets)
     assert [stage.index for stage in stages] == list(range(num_stages))
     seen: tuple[str, ...] = ()
@@ -54,13 +55,13 @@ def test_baby_step_when_any_partition_then_each_stage_adds_the_next_subset(num_r
 
 
 def test_baby_step_when_one_stage_then_trains_on_all_rows_at_the_ramps_end() -> None:
-    [stage] = _scheduler("baby_step", stages=1)(cut(_ids(5), 1))
+    [stage] = _scheduler("baby_step", stages=1)(make_subsets(_ids(5), 1))
     assert stage == Stage(0, tuple(_ids(5)), 8, 2.0, 1.0)
 
 
 def test_baby_step_when_the_partition_is_of_other_stages_then_refuses() -> None:
     with pytest.raises(AssertionError, match="4 stages over a partition of 3 subsets"):
-        _scheduler("baby_step")(cut(_ids(9), 3))
+        _scheduler("baby_step")(make_subsets(_ids(9), 3))
 
 
 def test_flat_when_default_then_is_one_plain_run() -> None:
@@ -71,7 +72,7 @@ def test_flat_when_default_then_is_one_plain_run() -> None:
 
 
 def test_flat_when_four_stages_with_ramps_then_differs_from_baby_step_in_the_rows_alone() -> None:
-    subsets = cut(_ids(10), 4)
+    subsets = make_subsets(_ids(10), 4)
     curriculum = _scheduler("baby_step")(subsets)
     ramps = {key: _values("baby_step")[key] for key in ("stages", "epochs_per_stage", "temperature", "kd_ratio")}
     control = _scheduler("none", **ramps)
@@ -85,7 +86,7 @@ def test_flat_when_four_stages_with_ramps_then_differs_from_baby_step_in_the_row
 
 @pytest.mark.parametrize("name", ["baby_step", "none"])
 def test_epochs_when_a_list_then_each_stage_has_its_own(name: str) -> None:
-    stages = _scheduler(name, stages=3, epochs_per_stage=[5, 1, 2])(cut(_ids(3), 3))
+    stages = _scheduler(name, stages=3, epochs_per_stage=[5, 1, 2])(make_subsets(_ids(3), 3))
     assert [stage.epochs for stage in stages] == [5, 1, 2]
 
 

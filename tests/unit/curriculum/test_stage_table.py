@@ -9,18 +9,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_cli.curriculum.partition import cut
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps, stage_table, steps_per_epoch
 from pocl_cli.errors import ConfigError, DataError
 from pocl_cli.records import Stage
 from pocl_cli.registry import schedulers
+
+from ...support.subsets import make_subsets
 
 CONF = Path(__file__).parents[3] / "conf" / "curriculum"
 
 
 def _stages(name: str, num_rows: int) -> list[Stage]:
     scheduler = schedulers.build(yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")))
-    stages: list[Stage] = scheduler(cut([str(index) for index in range(num_rows)], scheduler.stages))
+    stages: list[Stage] = scheduler(make_subsets([str(index) for index in range(num_rows)], scheduler.stages))
     return stages
 
 

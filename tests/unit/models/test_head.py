@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pocl_cli.models.batch import make_batch
 from pocl_cli.models.head import OutputHead, split_model
 
 VOCAB = 61
@@ -78,30 +79,35 @@ def make(model_type, **changes):
     return model.eval()
 
 
-def right_padded():
+def three_rows():
+    """Rows of 9, 6 and 4 tokens, of which the first two are not selected."""
     generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(1, VOCAB, (3, 9), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 6:] = 0
-    attention_mask[2, 4:] = 0
-    position_mask = attention_mask.bool() & (torch.arange(9) > 1)
-    return input_ids, attention_mask, position_mask
+    rows = [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in (9, 6, 4)]
+    return make_batch("abc", rows, [range(2, len(row)) for row in rows], [])
+
+
+def plain_logits(model, batch):
+    """The selected logits of every row by itself."""
+    rows = batch.input_ids_T.split(batch.lengths)
+    return torch.cat([model(input_ids=row[None]).logits[0, 2:] for row in rows])
 
 
 @pytest.mark.parametrize("model_type", SPLIT)
 def test_head_of_backbone_states_equals_the_models_logits(model_type):
     model = make(model_type)
-    input_ids, attention_mask, position_mask = right_padded()
+    batch = three_rows()
 
     headed = split_model(model)
 
     assert headed.head.projection is model.get_output_embeddings()
     assert headed.num_logits == VOCAB
     with torch.no_grad():
-        hidden = headed.hidden_states(input_ids, attention_mask, position_mask)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[position_mask]
-    assert hidden.shape == (int(position_mask.sum()), headed.hidden_size)
-    torch.testing.assert_close(headed.head(hidden), logits, rtol=1e-6, atol=1e-6)
+        hidden = headed.hidden_states(batch)
+        padded = headed.padded_hidden_states(batch.padded())
+        logits = plain_logits(model, batch)
+    assert hidden.shape == (4 + 7 + 2, headed.hidden_size)
+    torch.testing.assert_close(headed.head(hidden), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(headed.head(padded), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_split_of_a_model_in_another_dtype_needs_no_fallback(dtype):
 
 def test_split_of_a_model_that_no_head_reproduces_falls_back_to_its_logits_with_a_warning(caplog):
     model = make("bert")
-    input_ids, attention_mask, position_mask = right_padded()
+    batch = three_rows()
 
     with caplog.at_level(logging.WARNING, logger="pocl"):
         headed = split_model(model)
@@ -151,9 +157,8 @@ def test_split_of_a_model_that_no_head_reproduces_falls_back_to_its_logits_with_
     assert "BertLMHeadModel" in caplog.text
     assert headed.hidden_size == headed.num_logits == VOCAB
     assert list(headed.head.parameters()) == []
-    hidden = headed.hidden_states(input_ids, attention_mask, position_mask)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[position_mask]
-    torch.testing.assert_close(headed.head(hidden), logits)
+    hidden = headed.hidden_states(batch)
+    torch.testing.assert_close(headed.head(hidden), plain_logits(model, batch), rtol=1e-5, atol=1e-5)
     hidden.sum().backward()
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
 
@@ -164,29 +169,15 @@ def test_split_of_a_model_that_a_head_reproduces_warns_of_nothing(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
-def test_hidden_states_with_padding_on_the_left_equal_those_without_padding(model_type):
-    headed = split_model(make(model_type))
-    tokens = torch.randint(1, VOCAB, (1, 5), generator=torch.Generator().manual_seed(2))
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=1)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-
-    with torch.no_grad():
-        expected = headed.hidden_states(tokens, None, torch.ones(1, 5, dtype=torch.bool))
-        hidden = headed.hidden_states(padded, mask, mask.bool())
-
-    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_gradients_through_a_tied_head_equal_those_of_the_whole_model(model_type):
     model = make(model_type, tie_word_embeddings=True)
     reference = copy.deepcopy(model)
     headed = split_model(model)
-    input_ids, attention_mask, position_mask = right_padded()
+    batch = three_rows()
 
-    headed.head(headed.hidden_states(input_ids, attention_mask, position_mask)).square().sum().backward()
-    reference(input_ids=input_ids, attention_mask=attention_mask).logits[position_mask].square().sum().backward()
+    headed.head(headed.hidden_states(batch)).square().sum().backward()
+    plain_logits(reference, batch).square().sum().backward()
 
     assert headed.head.projection.weight is model.get_input_embeddings().weight
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_cli.artifacts import durable
 from pocl_cli.errors import Interrupted, NonFiniteError
+from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.sampler import Sampler
@@ -427,7 +429,7 @@ def test_signal_when_it_comes_inside_a_step_then_that_step_is_given_up_at_once(t
             os.kill(os.getpid(), signal.SIGTERM)
 
     job.student.register_forward_pre_hook(lambda *_: reached.append("in"))
-    job.student.headed.head.register_forward_pre_hook(kill_in_step)
+    job.student.headed.head.projection.register_forward_pre_hook(kill_in_step)
     job.student.register_forward_hook(lambda *_: reached.append("out"))
 
     with pytest.raises(Interrupted):
@@ -488,3 +490,66 @@ def test_sigint_when_it_comes_twice_then_the_run_ends_at_once(tmp_path):
         train(replace(job, show=after_step(2, twice)))
 
     assert newest_checkpoint(tmp_path) == "none"
+
+
+# ── waiting for the device ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would hold up the host where the tensors are on a GPU: reading a value, and copies to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("method", ["fkl", "jsd", "sft"])
+def test_step_between_two_lines_reads_no_value_from_the_device(tmp_path, monkeypatch, method, packs):
+    waits, seen = Waits(), []
+    job = make_job(
+        tmp_path, student=make_student(method), log_every=4, max_steps=3, track=lambda *_: waits.names.clear()
+    )
+
+    if not packs:
+        monkeypatch.setattr(HeadedModel, "packs", False)
+    assert job.student.packs is packs
+
+    def after_step(n: int, note: str = "") -> None:
+        seen.append(list(waits.names))
+        waits.names.clear()
+
+    with waits:
+        train(replace(job, show=after_step))
+
+    assert [line["step"] for line in train_lines(tmp_path)] == [1, 3]
+    assert seen[1] == []
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_step_that_is_not_finite_between_two_lines_is_named_at_the_next_and_nothing_changes_after_it(tmp_path, step):
+    job = make_job(tmp_path / "bad", log_every=4, evaluate_every=0)
+    before = make_job(tmp_path / "good", max_steps=step - 1)
+    train(before)
+    steps = iter(range(1, 11))
+    method = job.student.method
+
+    class Poisoned:
+        needs_teacher, t_squared = True, True
+
+        def __call__(self, student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor) -> torch.Tensor:
+            value = method(student_logprobs_NV, teacher_logprobs_NV)
+            return value * float("nan") if next(steps) == step else value
+
+    job.student.method = Poisoned()
+
+    with pytest.raises(NonFiniteError, match=f"stage 0, step {step} "):
+        train(job)
+
+    assert same_weights(weights(job.student), weights(before.student))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pocl_cli.models.head import OutputHead, split_model
 from pocl_cli.records import TokenisedRow
 from pocl_cli.registry import kd_methods
+from pocl_cli.training import objective
 from pocl_cli.training.objective import (
     collate,
     cross_entropy_per_token,
@@ -43,9 +44,10 @@ class Case:
     def __init__(self, num_tokens=NUM_TOKENS, dtype=torch.float64):
         torch.manual_seed(0)
         self.hidden = torch.randn(num_tokens, STUDENT_SIZE, dtype=dtype, requires_grad=True)
-        self.head = nn.Linear(STUDENT_SIZE, STUDENT_WIDTH, dtype=dtype)
+        self.head = OutputHead(nn.Linear(STUDENT_SIZE, STUDENT_WIDTH, dtype=dtype), STUDENT_WIDTH)
         self.teacher_hidden = torch.randn(num_tokens, TEACHER_SIZE, dtype=dtype)
-        self.teacher_head = nn.Linear(TEACHER_SIZE, TEACHER_WIDTH, dtype=dtype).requires_grad_(False)
+        self.teacher_head = OutputHead(nn.Linear(TEACHER_SIZE, TEACHER_WIDTH, dtype=dtype), TEACHER_WIDTH)
+        self.teacher_head.requires_grad_(False)
         self.targets = torch.randint(REAL_TOKENS, (num_tokens,))
 
     def loss(self, **changes):
@@ -84,7 +86,7 @@ def case():
 
 
 def test_response_positions_are_one_before_the_response():
-    assert list(range(10))[response_positions(4, 3)] == [3, 4, 5]
+    assert list(response_positions(4, 3)) == [3, 4, 5]
 
 
 def test_response_positions_without_a_prompt_stop():
@@ -92,29 +94,35 @@ def test_response_positions_without_a_prompt_stop():
         response_positions(0, 3)
 
 
-def test_collate_of_rows_of_unequal_length_pads_on_the_right_and_shifts_by_one():
-    batch = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))], pad_id=0)
+def test_collate_of_rows_of_unequal_length_puts_them_one_after_another_and_shifts_by_one():
+    batch = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))])
 
     assert batch.ids == ("a", "b")
-    assert batch.input_ids_BL.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
-    assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch.position_mask_BL.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9, 3, 4]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.selected_N.tolist() == [1, 2, 3, 5]
     assert batch.targets_N.tolist() == [7, 8, 9, 4]
-    assert batch.row_indices.tolist() == [0, 0, 0, 1]
     assert batch.num_response_tokens == 4
 
 
+def test_batch_side_by_side_is_padded_on_the_right():
+    rows = collate([TokenisedRow("a", [5, 6], [7, 8, 9]), TokenisedRow("b", (3,), (4,))]).padded()
+
+    assert rows.input_ids_BL.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert rows.selected_N.tolist() == [1, 2, 3, 5]
+
+
 def test_collate_where_eos_is_the_padding_token_keeps_eos_as_a_target():
-    batch = collate([TokenisedRow("a", [5], [7, 0]), TokenisedRow("b", [5, 6, 6], [0])], pad_id=0)
+    batch = collate([TokenisedRow("a", [5], [7, 0]), TokenisedRow("b", [5, 6, 6], [0])])
 
     assert batch.targets_N.tolist() == [7, 0, 0]
-    assert batch.position_mask_BL.sum().item() == 3
+    assert batch.padded().selected_N.tolist() == [0, 1, 6]
 
 
 def test_collate_of_a_row_without_response_selects_nothing_of_it():
-    batch = collate([TokenisedRow("a", [5, 6], []), TokenisedRow("b", [5], [7])], pad_id=0)
+    batch = collate([TokenisedRow("a", [5, 6], []), TokenisedRow("b", [5], [7])])
 
-    assert batch.position_mask_BL.int().tolist() == [[0, 0], [1, 0]]
+    assert batch.selected_N.tolist() == [2]
     assert batch.targets_N.tolist() == [7]
 
 
@@ -161,7 +169,7 @@ def test_loss_in_chunks_of_any_size_is_the_same_with_the_same_gradients(case, ch
 def test_head_during_the_loss_never_sees_more_tokens_than_a_chunk(case):
     sizes = []
     for head in (case.head, case.teacher_head):
-        head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        head.projection.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
 
     case.loss(chunk_tokens=4)
 
@@ -188,7 +196,7 @@ def test_loss_with_ratio_1_reports_cross_entropy_that_gives_no_gradient(case):
 
 def test_loss_with_ratio_1_where_the_gold_token_is_impossible_stays_finite(case):
     with torch.no_grad():
-        case.head.bias[case.targets[0]] = -torch.inf
+        case.head.projection.bias[case.targets[0]] = -torch.inf
 
     output = case.loss(kd_ratio=1.0, method=method("tvd"))
 
@@ -237,8 +245,7 @@ def test_backward_of_a_scaled_loss_scales_the_gradients(case):
 
 
 def test_loss_through_a_capped_and_scaled_head_has_the_plain_gradients(case):
-    projection = case.head
-    case.head = OutputHead(projection, STUDENT_WIDTH, multiplier=2.0, soft_cap=1.5)
+    case.head = OutputHead(case.head.projection, STUDENT_WIDTH, multiplier=2.0, soft_cap=1.5)
 
     ours, plain = case.loss(), case.plain_loss(method("fkl"), 0.3, 4 / 3)
 
@@ -254,13 +261,13 @@ def test_loss_through_a_frozen_head_gives_gradients_to_the_hidden_states_alone(c
     case.loss().loss.backward()
 
     torch.testing.assert_close(case.hidden.grad, expected, **EXACT)
-    assert case.head.weight.grad is None
+    assert case.head.projection.weight.grad is None
 
 
 def test_loss_under_no_grad_has_the_same_values_and_computes_no_gradient(case):
     trained = case.loss()
     graphs = []
-    case.head.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
+    case.head.projection.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
 
     with torch.no_grad():
         evaluated = case.loss()
@@ -375,12 +382,11 @@ def train_on(student, teacher, rows, micro_batch=None, normaliser=NUM_RESPONSE_T
     """Accumulates gradients over micro-batches; the total loss."""
     total = 0.0
     for start in range(0, len(rows), micro_batch or len(rows)):
-        batch = collate(rows[start : start + (micro_batch or len(rows))], EOS)
-        inputs = batch.input_ids_BL, batch.attention_mask_BL, batch.position_mask_BL
+        batch = collate(rows[start : start + (micro_batch or len(rows))])
         with torch.no_grad():
-            teacher_hidden = teacher.hidden_states(*inputs)
+            teacher_hidden = teacher.hidden_states(batch)
         output = distillation_loss(
-            student.hidden_states(*inputs),
+            student.hidden_states(batch),
             student.head,
             batch.targets_N,
             method=method("jsd"),
@@ -457,16 +463,17 @@ def test_training_step_where_no_row_has_a_response_gives_every_parameter_a_zero_
     assert all((parameter.grad == 0).all() for parameter in student.parameters())
 
 
-def test_gradient_of_prompt_padding_and_last_positions_is_zero():
-    batch = collate(ROWS[:3], EOS)
+def test_gradient_of_prompt_and_last_positions_is_zero():
+    batch = collate(ROWS[:3])
     case = Case()
-    hidden = torch.randn(*batch.input_ids_BL.shape, STUDENT_SIZE, dtype=torch.float64, requires_grad=True)
-    case.hidden, case.targets = hidden[batch.position_mask_BL], batch.targets_N
+    hidden = torch.randn(len(batch.input_ids_T), STUDENT_SIZE, dtype=torch.float64, requires_grad=True)
+    case.hidden, case.targets = hidden[batch.selected_N], batch.targets_N
 
     case.loss(method=method("sft")).loss.backward()
 
-    assert (hidden.grad[~batch.position_mask_BL] == 0).all()
-    assert (hidden.grad[batch.position_mask_BL] != 0).any(dim=1).all()
+    others = torch.ones(len(hidden), dtype=torch.bool).index_fill(0, batch.selected_N, False)
+    assert (hidden.grad[others] == 0).all()
+    assert (hidden.grad[~others] != 0).any(dim=1).all()
 
 
 # ── scoring and sizes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -491,6 +498,67 @@ def test_cross_entropy_of_no_token_is_empty():
     assert values.shape == (0,)
 
 
-@pytest.mark.parametrize(("num_logits", "memory_mb", "expected"), [(50_000, 512, 167), (50_000, 1, 1), (100, 1, 163)])
-def test_tokens_per_chunk_fills_the_budget_and_is_at_least_one(num_logits, memory_mb, expected):
-    assert tokens_per_chunk(num_logits, memory_mb) == expected
+@pytest.mark.parametrize(
+    ("num_logits", "memory_mb", "device", "expected"),
+    [
+        (50_000, 512, "cpu", 871),  # five tokens a tile: 14 of the 512 MiB
+        (50_000, 512, "meta", 157),
+        (50_000, 1, "cpu", 1),
+        (100, 1, "cpu", 154),  # fewer than a tile
+    ],
+)
+def test_tokens_per_chunk_fills_the_budget_and_is_at_least_one(num_logits, memory_mb, device, expected):
+    assert tokens_per_chunk(num_logits, memory_mb, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 4 * STUDENT_WIDTH * 3, 10**6])
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_in_tiles_of_any_size_has_the_plain_value_and_gradients(case, name, tile_bytes, monkeypatch):
+    monkeypatch.setattr(objective, "TILE_BYTES_ON_CPU", tile_bytes)
+    chosen = method(name)
+
+    ours, plain = case.loss(method=chosen, chunk_tokens=7), case.plain_loss(chosen, 0.3, 4 / 3)
+
+    torch.testing.assert_close(ours.loss, plain, **EXACT)
+    for one, other in zip(case.gradients(ours.loss), case.gradients(plain), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+class WithSquash(nn.Module):
+    """A projection that keeps its output for its backward pass, and has a parameter which it does not use."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.unused = linear, nn.Parameter(torch.ones(2, dtype=linear.weight.dtype))
+
+    def forward(self, hidden):
+        return self.linear(hidden).tanh()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 100])
+def test_loss_through_a_projection_that_is_no_linear_layer_has_the_plain_gradients(case, chunk_tokens):
+    case.head = OutputHead(WithSquash(case.head.projection), STUDENT_WIDTH)
+
+    ours = case.loss(chunk_tokens=chunk_tokens).loss
+    plain = case.plain_loss(method("fkl"), 0.3, 4 / 3) + 0 * case.head.projection.unused.sum()
+
+    for one, other in zip(case.gradients(ours), case.gradients(plain), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_loss_on_hidden_states_that_are_logits_has_the_plain_gradient_and_leaves_them_as_they_are(case):
+    case.hidden = torch.randn(NUM_TOKENS, STUDENT_WIDTH, dtype=torch.float64, requires_grad=True)
+    case.head, before = OutputHead(None, STUDENT_WIDTH), case.hidden.detach().clone()
+
+    ours, plain = case.loss().loss, case.plain_loss(method("fkl"), 0.3, 4 / 3)
+
+    torch.testing.assert_close(case.gradients(ours)[0], case.gradients(plain)[0], **EXACT)
+    assert torch.equal(case.hidden, before)
+
+
+def test_backward_through_the_loss_works_once(case):
+    loss = case.loss().loss
+    case.gradients(loss * 1)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        case.gradients(loss * 1)

@@ -26,7 +26,7 @@ from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.records import TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import train
-from pocl_cli.training.measure import measure_teacher
+from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.objective import collate
 from pocl_cli.training.shards import SHARD_ROWS, in_shards
 from pocl_cli.training.stored_teacher import StoredTeacher, open_teacher
@@ -86,13 +86,13 @@ def random_teacher(dtype: torch.dtype = torch.float32, seed: int = 2) -> OnlineT
 
 
 def stored(folder: Path, load: Callable[[], OnlineTeacher], rows: RowsById = ROWS) -> StoredTeacher:
-    teacher = open_teacher(signals_in(folder, rows), load, hardware=HARDWARE, pad_token_id=0)
+    teacher = open_teacher(signals_in(folder, rows), load, hardware=HARDWARE)
     assert isinstance(teacher, StoredTeacher)
     return teacher
 
 
 def batch_of(rows: Sequence[TokenisedRow]) -> Batch:
-    return collate(rows, 0)
+    return collate(rows)
 
 
 def shard_folders(folder: Path) -> list[Path]:
@@ -110,7 +110,7 @@ def fill(folder: Path, load: Callable[[], OnlineTeacher]) -> StoredTeacher:
     teacher = stored(folder, load)
     for ids in in_shards(ROWS):
         shard = [ROWS.row(row_id) for row_id in ids]
-        measure_teacher(teacher, shard, num_real_tokens=VOCABULARY, pad_token_id=0, hardware=HARDWARE)
+        measure_teacher(teacher, shard, num_real_tokens=VOCABULARY, hardware=HARDWARE)
     return teacher
 
 
@@ -361,7 +361,7 @@ def test_teacher_when_its_head_is_not_plain_then_runs_online_with_a_warning(
     online = OnlineTeacher(split_model(AutoModelForCausalLM.from_config(config)))
 
     with caplog.at_level(logging.WARNING, logger="pocl"):
-        teacher = open_teacher(signals_in(tmp_path), lambda: online, hardware=HARDWARE, pad_token_id=0)
+        teacher = open_teacher(signals_in(tmp_path), lambda: online, hardware=HARDWARE)
 
     assert teacher is online
     assert "cannot be stored" in caplog.text
