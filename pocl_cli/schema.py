@@ -49,6 +49,10 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
+    """`store`: keep the teacher's hidden states on disk instead of running the teacher in every step."""
+
+    store: bool
+
     @property
     def present(self) -> bool:
         """False for `teacher=none`."""

@@ -49,8 +49,15 @@ def reported(path: Path, action: str) -> Iterator[None]:
         ) from error
 
 
-def check_free_disk(path: Path, needed_bytes: int, what: str) -> None:
-    """Raises ResourceError where the disk that holds (or will hold) `path` has less than `needed_bytes` free."""
+def check_free_disk(path: Path, needed_bytes: int, what: str, *, otherwise: str | None = None) -> None:
+    """Raises ResourceError where the disk that holds (or will hold) `path` has less than `needed_bytes` free.
+
+    Args:
+        path: need not exist.
+        needed_bytes: an estimate will do.
+        what: what the room is for.
+        otherwise: how a person can do without it.
+    """
     existing = path.absolute()
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
@@ -61,7 +68,7 @@ def check_free_disk(path: Path, needed_bytes: int, what: str) -> None:
             f"not enough disk space for {what}",
             where=str(path),
             why=f"about {_size(needed_bytes)} are needed and {_size(free)} are free",
-            fix=_FIXES[errno.ENOSPC],
+            fix=f"{_FIXES[errno.ENOSPC]}; or {otherwise}" if otherwise else _FIXES[errno.ENOSPC],
         )
 
 

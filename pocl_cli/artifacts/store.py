@@ -53,6 +53,17 @@ class Store:
                 return self._load_unless_gone(folder)
         return None
 
+    def find_all(self, keys: Sequence[ArtifactKey]) -> dict[str, Artifact]:
+        """The finished artifacts of keys of one kind, by id; the kind's folder is read once. Raises as `find`."""
+        wanted = {key.id for key in keys}
+        found = {}
+        for folder in self._folders(keys[0].kind) if keys else ():
+            identifier = folder.name[-12:]
+            artifact = self._load_unless_gone(folder) if identifier in wanted else None
+            if artifact is not None:
+                found[identifier] = artifact
+        return found
+
     def resolve(self, reference: str, kinds: Sequence[str] = KINDS) -> Artifact:
         """The artifact that a user means by a path, a folder's name, an id or its beginning (≥ 4 digits), or `latest`.
 

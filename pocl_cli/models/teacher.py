@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,32 @@ if TYPE_CHECKING:
 
     from pocl_cli.models.batch import Batch
     from pocl_cli.models.head import HeadedModel, OutputHead
+
+
+class Teacher(Protocol):
+    """Where the teacher's side of the distillation term comes from."""
+
+    @property
+    def head(self) -> OutputHead:
+        """Hidden states → logits."""
+        ...
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the logits, padding rows included."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether the teacher reads rows without padding."""
+        ...
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
+
+        Row after row in the order of `batch.ids`, each row's tokens in order.
+        """
+        ...
 
 
 class OnlineTeacher:
@@ -36,8 +62,5 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
-        """The final hidden states that predict the response tokens `[N, E]`, without dropout and without gradients.
-
-        Row after row in the order of `batch.ids`, each row's tokens in order.
-        """
+        """As `Teacher.hidden_states`."""
         return self._headed.hidden_states(batch)

@@ -23,7 +23,7 @@ from pocl_cli.registry import describe
 from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
-VERSIONS = {"scores": 2, "partitions": 2, "students": 1, "evaluations": 1}
+VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 1, "evaluations": 1}
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,31 @@ class Chain:
             identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
         return self._key("scores", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
 
+    @property
+    def stores_teacher(self) -> bool:
+        """Whether the teacher's hidden states are stored: by `teacher.store`, for a method that reads them."""
+        return self.teacher is not None and self.config.teacher.store and self.config.kd_method.needs_teacher
+
+    @property
+    def head_key(self) -> ArtifactKey:
+        """The teacher's output head."""
+        assert self.teacher is not None, "a chain without a teacher stores nothing of it"
+        identity = {"part": "head", "teacher": self.teacher.identity}
+        return self._key("teacher_signals", f"{self._label('teacher')}-head", identity)
+
+    def shard_key(self, number: int, rows_sha256: str) -> ArtifactKey:
+        """The teacher's hidden states on the rows of a shard; these decide it, wherever they are from."""
+        assert self.teacher is not None, "a chain without a teacher stores nothing of it"
+        identity = {
+            "part": "shard",
+            "teacher": self.teacher.identity,
+            "tokenizer": self.teacher.tokenizer_identity,
+            "precision": self.config.hardware.precision,
+            "rows": rows_sha256,
+        }
+        slug = f"{self._label('teacher')}-on-{self.config.dataset.name}-shard-{number:04d}"
+        return self._key("teacher_signals", slug, identity)
+
     @cached_property
     def partition_key(self) -> ArtifactKey:
         difficulty = self.config.difficulty
@@ -172,7 +197,9 @@ class Chain:
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)
 
     def _at(self, path: str) -> ModelSource:
-        section = TeacherConfig(name="evaluated", path=path, experiment=None, overrides=(), revision=None, dtype="auto")
+        section = TeacherConfig(
+            name="evaluated", path=path, experiment=None, overrides=(), revision=None, dtype="auto", store=False
+        )
         return resolve_teacher(section, self.store, hashes=self.hashes)
 
     def _label(self, who: str) -> str:

@@ -25,7 +25,6 @@ from pocl_cli.models.card import model_card
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
-from pocl_cli.models.teacher import OnlineTeacher
 from pocl_cli.models.vocabulary import align_vocabularies, compare_tokenizers
 from pocl_cli.records import Stage, Subset
 from pocl_cli.schema import PoclConfig, TrainConfig
@@ -35,8 +34,11 @@ from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import StepResult, obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def run(run: Run) -> StepResult | None:
         loaded = load_model(
             chain.student, device=hardware.device, dtype_override=torch.float32, dropout=run.config.student.dropout
         )
-        student = _student(chain, loaded, hardware)
+        student = _student(chain, loaded, rows, hardware)
+        checkpoint.refuse_other_teacher(work.path / "checkpoints", _teacher_source(student))
 
         # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────
         steps = sum(row["steps"] for row in table)
@@ -83,6 +86,9 @@ def run(run: Run) -> StepResult | None:
             job = _job(run.config, student, loaded, rows, stages, table, work.path, hardware, tracker.log, show)
             with memory_errors_explained(hardware, "training"):
                 state = train(job)
+
+        if isinstance(student.teacher, StoredTeacher):
+            get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
         # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
         figures = _kept_dev_figures(work.path, job.settings.keep_best)
@@ -137,7 +143,7 @@ def _check_models(chain: Chain) -> None:
         assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
         check_context(read_config(chain.teacher), needed)
         compare_tokenizers(load_tokenizer(chain.teacher), load_tokenizer(chain.student))
-    chain.verify_students(chain.student, chain.teacher if chain.config.kd_method.needs_teacher else None)
+    chain.verify_students(chain.student)
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
@@ -155,16 +161,15 @@ def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
     return subsets
 
 
-def _student(chain: Chain, loaded: LoadedModel, hardware: Hardware) -> StudentWithObjective:
+def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Hardware) -> StudentWithObjective:
     headed = split_model(loaded.model)
-    teacher, teacher_loaded = None, None
+    teacher, teacher_tokenizer = None, None
     if chain.config.kd_method.needs_teacher and chain.teacher is not None:
-        teacher_loaded = load_model(chain.teacher, device=hardware.device, dtype_override=None, dropout=None)
-        teacher = OnlineTeacher(split_model(teacher_loaded.model))
+        teacher, teacher_tokenizer = teacher_of(chain, rows.train, hardware), load_tokenizer(chain.teacher)
     alignment = align_vocabularies(
         student_tokenizer=loaded.tokenizer,
         student_width=headed.num_logits,
-        teacher_tokenizer=teacher_loaded.tokenizer if teacher_loaded else None,
+        teacher_tokenizer=teacher_tokenizer,
         teacher_width=teacher.num_logits if teacher else None,
     )
     if chain.config.student.gradient_checkpointing:
@@ -178,6 +183,13 @@ def _student(chain: Chain, loaded: LoadedModel, hardware: Hardware) -> StudentWi
         num_real_tokens=alignment.num_real_tokens,
         hardware=hardware,
     )
+
+
+def _teacher_source(student: StudentWithObjective) -> str | None:
+    """What a checkpoint notes of the teacher: its two sources give other bytes, as they pad rows otherwise."""
+    if student.teacher is None:
+        return None
+    return "stored" if isinstance(student.teacher, StoredTeacher) else "online"
 
 
 def _job(

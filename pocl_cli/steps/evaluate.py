@@ -28,7 +28,7 @@ from pocl_cli.training.measure import measure_cross_entropy
 if TYPE_CHECKING:
     from pocl_cli.artifacts.work import Work
 
-# Rows that are answered and committed together; see score.SHARD_ROWS.
+# Rows that are answered and committed together; see training.shards.
 SHARD_ROWS = 256
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocl_cli import tables
 from pocl_cli.curriculum.partition import cut
@@ -38,6 +38,13 @@ class Sizes:
     embedding: int
     activation_bytes: int
     weight_bytes: int
+
+
+class _Tokens(NamedTuple):
+    """Tokens of prompts and responses together, and of responses alone."""
+
+    total: float
+    response: float
 
 
 def show(chain: Chain) -> None:
@@ -89,7 +96,8 @@ def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record
     response = statistics.fmean(len(row.response_ids) for row in rows)
     estimates["tokens (prompt + response)"] = round(sequences * mean)
     estimates["response tokens"] = round(sequences * response)
-    return estimates | _costs(chain, sizes, sequences * mean, sequences * response)
+    once = _Tokens(len(records) * mean, len(records) * response) if chain.stores_teacher else None
+    return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
 
 
 def _sample(config: PoclConfig, student: ModelSource, records: Sequence[Record]) -> list[TokenisedRow]:
@@ -123,26 +131,52 @@ def _sizes(source: ModelSource) -> Sizes:
     return Sizes(sum(p.numel() for p in model.parameters()), embedding, activations, 2 if bits16 else 4)
 
 
-def _costs(chain: Chain, sizes: dict[str, Sizes], tokens: float, response_tokens: float) -> dict[str, Any]:
+def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Tokens | None) -> dict[str, Any]:
+    """Memory, disk and time of a run over `trained` tokens; `once`: the rows' own, where the teacher is stored."""
     from pocl_cli.models.device import set_up_hardware
+    from pocl_cli.steps.teacher import stored_sizes
 
     hardware = set_up_hardware(chain.config.hardware)
     student, teacher = sizes["student"], sizes.get("teacher")
     memory = student.parameters * TRAINING_BYTES + student.activation_bytes * hardware.max_tokens_per_micro_batch
     memory += hardware.objective_memory_mb * 2**20
-    # Multiply-adds a token: the backbone for every token, the output layer for response tokens, backward twice forward.
-    work = 3 * ((student.parameters - student.embedding) * tokens + student.embedding * response_tokens)
-    if teacher:
-        memory += teacher.parameters * teacher.weight_bytes
-        work += (teacher.parameters - teacher.embedding) * tokens + teacher.embedding * response_tokens
+    # The backward pass costs twice the forward.
+    work = 3 * _multiply_adds(student, trained)
     # While a checkpoint is saved: one more than are kept, each with two moments, a best state for each, and the model.
-    disk = student.parameters * 4 * (4 * (KEPT + 1) + 1)
+    disk: float = student.parameters * 4 * (4 * (KEPT + 1) + 1)
+    kept: float = student.parameters * 4
+    details = {}
+    if teacher and not once:
+        memory += teacher.parameters * teacher.weight_bytes
+        work += _multiply_adds(teacher, trained)
+    if teacher and once:
+        assert chain.teacher is not None, "sizes hold a teacher"
+        stored_size = stored_sizes(chain.teacher)
+        stored = stored_size.head + once.response * stored_size.token
+        memory += stored_size.head
+        disk, kept = disk + stored, kept + stored
+        work += _multiply_adds(teacher, once) + teacher.embedding * trained.response
+        filling = memory + teacher.parameters * teacher.weight_bytes
+        details["teacher's hidden states (estimate)"] = (
+            f"{_gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
+            f"and memory rises to {_gib(filling)}"
+        )
     return {
-        "memory (estimate)": f"{memory / 2**30:.1f} GiB on {hardware.device}",
-        "disk (estimate)": f"{disk / 2**30:.1f} GiB while it runs, {student.parameters * 4 / 2**30:.1f} GiB kept",
+        "memory (estimate)": f"{_gib(memory)} on {hardware.device}",
+        "disk (estimate)": f"{_gib(disk)} while it runs, {_gib(kept)} kept",
+        **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),
         "not counted": "dev evaluations, scoring",
     }
+
+
+def _multiply_adds(model: Sizes, tokens: _Tokens) -> float:
+    """Of a forward pass: the backbone for every token, the output layer for response tokens."""
+    return (model.parameters - model.embedding) * tokens.total + model.embedding * tokens.response
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _multiply_adds_per_second(device: Any) -> float:

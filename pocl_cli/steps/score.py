@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
+from pocl_cli.models.load import check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DecodingConfig, PoclConfig
@@ -25,11 +25,14 @@ from pocl_cli.steps.answers import answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.measure_teacher import measure_teacher
+from pocl_cli.training.shards import in_shards
 
-# Rows that are measured and committed together. Batches are formed inside a shard, and shards depend on the rows
-# alone, so an interrupted step that resumes measures the same batches.
-SHARD_ROWS = 128
+# Measures the rows of a shard. Batches are formed inside a shard, and shards depend on the rows alone, so an
+# interrupted step that resumes measures the same batches.
+Measure: TypeAlias = Callable[[list[TokenisedRow]], list[ScoredRecord]]
 MEASURED = pa.schema(
     [
         ("id", pa.string()),
@@ -61,9 +64,10 @@ def _measure(chain: Chain, who: str) -> StepResult:
         if work.finished is not None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
         hardware = set_up_hardware(chain.config.hardware)
-        rows, loaded = _load(chain, who, hardware)
+        rows = _rows(chain, who)
         with memory_errors_explained(hardware, f"measuring the {who}"):
-            scored = _measure_in_shards(chain.config, who, rows, loaded, hardware, work.path / "shards")
+            measure = (_student_measurer if who == "student" else _teacher_measurer)(chain, rows, hardware)
+            scored = _measure_in_shards(chain.config, who, rows, measure, work.path / "shards")
         beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
         table = pa.table([*_table(scored).columns, beginnings], schema=SCORES)
         durable.write_parquet(work.path / "scores.parquet", table)
@@ -84,7 +88,8 @@ def _measure(chain: Chain, who: str) -> StepResult:
     return StepResult(artifact, made=True, figures=figures)
 
 
-def _load(chain: Chain, who: str, hardware: Hardware) -> tuple[TrainingRows, LoadedModel]:
+def _rows(chain: Chain, who: str) -> TrainingRows:
+    """The training rows, once tokenizer and context of the model are known to suit them."""
     source = chain.student if who == "student" else chain.teacher
     assert source is not None, "a chain without a teacher has no teacher to measure"
     tokenizer = load_tokenizer(chain.student)
@@ -93,15 +98,46 @@ def _load(chain: Chain, who: str, hardware: Hardware) -> tuple[TrainingRows, Loa
     new_tokens = chain.config.score.max_new_tokens if who == "student" else 0
     needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
     check_context(read_config(source), needed)
-    rows = training_rows(chain.config, tokenizer)
-    chain.verify_students(source)
-    return rows, load_model(source, device=hardware.device, dtype_override=None, dropout=None)
+    return training_rows(chain.config, tokenizer)
 
 
 def _measure_in_shards(
-    config: PoclConfig, who: str, rows: TrainingRows, loaded: LoadedModel, hardware: Hardware, folder: Path
+    config: PoclConfig, who: str, rows: TrainingRows, measure: Measure, folder: Path
 ) -> list[ScoredRecord]:
     """Measures shard after shard, each written when it is whole; those of an interrupted run are read back."""
+    durable.make_folder(folder)
+    scored: list[ScoredRecord] = []
+    with progress(f"{config.dataset.name}: measuring the {who}", len(rows.train)) as advance:
+        for number, ids in enumerate(in_shards(rows.train)):
+            path = folder / f"{number:06d}.parquet"
+            if path.exists():
+                scored += [ScoredRecord(**row) for row in pq.read_table(path).to_pylist()]
+            else:
+                measured = measure([rows.train.row(record_id) for record_id in ids])
+                durable.write_parquet(path, _table(measured))
+                scored += measured
+            advance(len(ids))
+    by_id = {row.id: row for row in scored}
+    return [by_id[record_id] for record_id in rows.train.ids]
+
+
+def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
+    """Cross entropy; where the teacher's hidden states are stored, the same pass stores them."""
+    assert chain.teacher is not None, "a chain without a teacher has no teacher to measure"
+    num_real = num_real_tokens(load_tokenizer(chain.teacher))
+    teacher = teacher_of(chain, rows.train, hardware)
+
+    def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
+        measured = measure_teacher(teacher, shard, num_real_tokens=num_real, hardware=hardware)
+        _refuse_non_finite(measured, "teacher")
+        return measured
+
+    return measure
+
+
+def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
+    """Cross entropy, an answer, and the answer's ROUGE-L."""
+    config = chain.config
     decoding = DecodingConfig(
         sampling_temperature=config.score.sampling_temperature,
         top_p=1.0,
@@ -109,53 +145,33 @@ def _measure_in_shards(
         no_repeat_ngram_size=config.score.no_repeat_ngram_size,
         max_new_tokens=config.score.max_new_tokens,
     )
+    chain.verify_students(chain.student)
+    loaded = load_model(chain.student, device=hardware.device, dtype_override=None, dropout=None)
     headed = split_model(loaded.model)
-    durable.make_folder(folder)
-    scored: list[ScoredRecord] = []
-    with progress(f"{config.dataset.name}: measuring the {who}", len(rows.train)) as advance:
-        for number, shard in enumerate(_shards(rows)):
-            path = folder / f"{number:06d}.parquet"
-            if path.exists():
-                scored += [ScoredRecord(**row) for row in pq.read_table(path).to_pylist()]
-                advance(len(shard))
-                continue
-            measured = measure_cross_entropy(
-                headed,
-                shard,
-                num_real_tokens=num_real_tokens(loaded.tokenizer),
-                pad_token_id=loaded.pad_token_id,
-                hardware=hardware,
+
+    def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
+        measured = measure_cross_entropy(
+            headed,
+            shard,
+            num_real_tokens=num_real_tokens(loaded.tokenizer),
+            pad_token_id=loaded.pad_token_id,
+            hardware=hardware,
+        )
+        _refuse_non_finite(measured, "student")
+        answers = answer(loaded, shard, decoding=decoding, seed=config.score.seed, purpose="score", hardware=hardware)
+        return [
+            ScoredRecord(
+                row.id,
+                row.num_prompt_tokens,
+                row.num_response_tokens,
+                row.cross_entropy,
+                one.text,
+                rouge_l(one.text, rows.records[row.id].references),
             )
-            _refuse_non_finite(measured, who)
-            if who == "student":
-                answers = answer(
-                    loaded, shard, decoding=decoding, seed=config.score.seed, purpose="score", hardware=hardware
-                )
-                measured = [
-                    ScoredRecord(
-                        row.id,
-                        row.num_prompt_tokens,
-                        row.num_response_tokens,
-                        row.cross_entropy,
-                        one.text,
-                        rouge_l(one.text, rows.records[row.id].references),
-                    )
-                    for row, one in zip(measured, answers, strict=True)
-                ]
-            durable.write_parquet(path, _table(measured))
-            scored += measured
-            advance(len(shard))
-    by_id = {row.id: row for row in scored}
-    return [by_id[record_id] for record_id in rows.train.ids]
+            for row, one in zip(measured, answers, strict=True)
+        ]
 
-
-def _shards(rows: TrainingRows) -> Iterator[list[TokenisedRow]]:
-    """All training rows by length, in shards."""
-    every = sorted(
-        (rows.train.row(record_id) for record_id in rows.train.ids), key=lambda row: (row.num_tokens, row.id)
-    )
-    for start in range(0, len(every), SHARD_ROWS):
-        yield every[start : start + SHARD_ROWS]
+    return measure
 
 
 def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:

@@ -81,6 +81,28 @@ def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | 
     return None
 
 
+def refuse_other_teacher(folder: Path, source: str | None) -> None:
+    """Notes beside the checkpoints of a run where its teacher's hidden states come from, and keeps to it.
+
+    Args:
+        folder: of the checkpoints; there may be none yet.
+        source: `online` or `stored`, which differ by rounding; None where there is no teacher.
+
+    Raises:
+        ArtifactError: there are checkpoints, and they were made with the other source.
+    """
+    path = folder / "teacher.json"
+    now = {"teacher": source}
+    checkpoints = _checkpoints(folder)
+    if checkpoints:
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            before = {"teacher": None}
+        _refuse_other_conditions(checkpoints[-1], before, now)
+    durable.write_json(path, now)
+
+
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Restores the optimizer's moments and step counts from a checkpoint folder."""
     tensors = load_file(path / "optimizer.safetensors")
@@ -183,7 +205,10 @@ def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, 
             "the unfinished run was begun under other conditions",
             where=str(path),
             why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
-            fix=f"restore them (hardware.num_threads, hardware.device, the packages), or {_afresh(path.parent)}",
+            fix=(
+                "restore them (hardware.num_threads, hardware.device, teacher.store, the packages), or "
+                f"{_afresh(path.parent)}"
+            ),
         )
 
 

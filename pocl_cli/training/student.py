@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pocl_cli.models.batch import Batch
     from pocl_cli.models.device import Hardware
     from pocl_cli.models.head import HeadedModel
-    from pocl_cli.models.teacher import OnlineTeacher
+    from pocl_cli.models.teacher import Teacher
 
 
 class StudentWithObjective(nn.Module):
@@ -34,7 +34,7 @@ class StudentWithObjective(nn.Module):
         headed: HeadedModel,
         *,
         method: KDMethod,
-        teacher: OnlineTeacher | None,
+        teacher: Teacher | None,
         num_real_tokens: int,
         hardware: Hardware,
     ) -> None:

@@ -123,8 +123,15 @@ class RowsById:
     def __post_init__(self) -> None:
         self.by_id = {row.id: row for row in self.rows}
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(row.id for row in self.rows)
+
     def row(self, record_id: str) -> TokenisedRow:
         return self.by_id[record_id]
+
+    def num_tokens(self, record_id: str) -> int:
+        return self.by_id[record_id].num_tokens
 
 
 def two_stages(rows: Sequence[TokenisedRow], *, epochs: int = 2) -> list[Stage]:

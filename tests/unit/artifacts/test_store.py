@@ -67,6 +67,26 @@ def test_find_when_the_slug_differs_then_finds_it_by_its_id(outputs: Path, make:
     assert Store(outputs).find(_key(slug="after")) == artifact
 
 
+def test_find_all_when_some_were_made_then_gives_these_by_id(outputs: Path, make: Make) -> None:
+    assert Store(outputs).find_all([_key(1)]) == {}
+    first, second = make(outputs, 1, slug="before"), make(outputs, 2)
+    make(outputs, 3)
+
+    found = Store(outputs).find_all([_key(4), _key(2), _key(1)])
+
+    assert found == {first.id: first, second.id: second}
+    assert Store(outputs).find_all([]) == {}
+
+
+def test_find_all_when_one_is_damaged_then_names_it(outputs: Path, make: Make) -> None:
+    make(outputs, 1)
+    damaged = make(outputs, 2).path / "metrics.jsonl"
+    damaged.write_bytes(b"")
+
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl"):
+        Store(outputs).find_all([_key(1), _key(2)])
+
+
 def test_commit_when_another_artifact_follows_then_latest_points_to_it(outputs: Path, make: Make) -> None:
     first, second = make(outputs, seed=1), make(outputs, seed=2)
 

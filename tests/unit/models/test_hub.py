@@ -112,7 +112,9 @@ def server(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def resolve(path: str = NAME, revision: str | None = None) -> ModelSource:
-    config = TeacherConfig(name="t", path=path, experiment=None, overrides=(), revision=revision, dtype="auto")
+    config = TeacherConfig(
+        name="t", path=path, experiment=None, overrides=(), revision=revision, dtype="auto", store=False
+    )
     return resolve_teacher(config, Store(Path("outputs-that-are-not-there")))
 
 

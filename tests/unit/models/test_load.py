@@ -25,7 +25,9 @@ ARCHITECTURE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 4
 
 
 def teacher(path: Path | str, dtype: str = "auto") -> ModelSource:
-    config = TeacherConfig(name="t", path=str(path), experiment=None, overrides=(), revision=None, dtype=dtype)
+    config = TeacherConfig(
+        name="t", path=str(path), experiment=None, overrides=(), revision=None, dtype=dtype, store=False
+    )
     return resolve_teacher(config, Store(Path("outputs-that-are-not-there")))
 
 

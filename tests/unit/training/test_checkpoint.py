@@ -315,3 +315,27 @@ def test_load_when_the_run_was_begun_under_other_conditions_then_stops_and_says_
     assert caught.value.exit_code == 4
     assert f'torch: "2.0.0" → "{torch.__version__}"' in str(caught.value)
     assert "num_threads: 2 → 1" in str(caught.value)
+
+
+# ── the teacher's source ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_teacher_when_no_checkpoint_was_made_yet_then_its_source_may_change(tmp_path):
+    checkpoint.refuse_other_teacher(tmp_path, "online")
+    checkpoint.refuse_other_teacher(tmp_path, "stored")
+
+    save_three(tmp_path)
+    checkpoint.refuse_other_teacher(tmp_path, "stored")
+
+
+@pytest.mark.parametrize("noted", ["online", None, "nothing", "damage"])
+def test_teacher_when_the_checkpoints_are_from_another_source_then_is_refused(tmp_path, noted):
+    if noted != "nothing":
+        checkpoint.refuse_other_teacher(tmp_path, noted)
+    if noted == "damage":
+        (tmp_path / "teacher.json").write_text("[1")
+    save_three(tmp_path)
+
+    for _ in range(2):  # refusing does not note the new source
+        with pytest.raises(ArtifactError, match=r'teacher: .* → "stored"'):
+            checkpoint.refuse_other_teacher(tmp_path, "stored")

@@ -1,0 +1,77 @@
+"""The teacher of a chain as scoring and training ask it: online, or from its stored hidden states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from pocl_cli.models.head import split_model
+from pocl_cli.models.load import load_model, read_config
+from pocl_cli.models.teacher import OnlineTeacher, Teacher
+from pocl_cli.training.stored_teacher import open_teacher
+from pocl_cli.training.teacher_signals import TeacherSignals
+
+if TYPE_CHECKING:
+    from pocl_cli.artifacts.manifest import Artifact
+    from pocl_cli.artifacts.work import Work
+    from pocl_cli.data.tokenise import TokenisedDataset
+    from pocl_cli.models.device import Hardware
+    from pocl_cli.models.source import ModelSource
+    from pocl_cli.steps.chain import Chain
+
+
+def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teacher:
+    """The teacher for `rows`, all training rows of the chain.
+
+    Raises:
+        ArtifactError: a shard of its stored hidden states is damaged, or the model is.
+        ResourceError: the hidden states that are missing would not fit on the disk.
+    """
+    source = chain.teacher
+    assert source is not None, "a chain without a teacher asks none"
+
+    def load() -> OnlineTeacher:
+        chain.verify_students(source)
+        loaded = load_model(source, device=hardware.device, dtype_override=None, dropout=None)
+        return OnlineTeacher(split_model(loaded.model))
+
+    if not chain.stores_teacher:
+        return load()
+    signals = _signals(chain, rows)
+    sizes = stored_sizes(source)
+    signals.check_free_disk(token_bytes=sizes.token, head_bytes=sizes.head)
+    return open_teacher(signals, load, hardware=hardware)
+
+
+class StoredSizes(NamedTuple):
+    """Bytes of one response token's hidden state, and of the output head."""
+
+    token: int
+    head: int
+
+
+def stored_sizes(source: ModelSource) -> StoredSizes:
+    """What storing a teacher takes, as far as its configuration tells."""
+    config = read_config(source)
+    text = config.get_text_config(decoder=True)
+    # OPT 350m projects its hidden states to another width before the output layer.
+    width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    dtype = str(config.dtype or "float32").removeprefix("torch.") if source.dtype == "auto" else source.dtype
+    token = int(width * getattr(torch, dtype).itemsize)
+    return StoredSizes(token, int(text.vocab_size) * token)
+
+
+def _signals(chain: Chain, rows: TokenisedDataset) -> TeacherSignals:
+    source = chain.teacher
+    made_here = source.identity.get("student") if source is not None else None
+
+    def commit(work: Work) -> Artifact:
+        return work.commit(
+            config=chain.run.resolved,
+            inputs={"teacher": str(made_here)} if made_here else {},
+            command=chain.run.command,
+            seed=None,
+        )
+
+    return TeacherSignals(chain.store, rows, head_key=chain.head_key, shard_key=chain.shard_key, commit=commit)
