@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures. `store` is the file of the teacher's hidden states, for the stored side."""
+    """What one process measures. `store` is the folder of the teacher's hidden states, for the stored side."""
 
     setup: Setup
     side: str
@@ -130,11 +130,10 @@ def in_fresh_process(what: str, function: Callable[..., T], *arguments: Any) -> 
 
 @contextmanager
 def filled_store(setup: Setup, *, needed: bool = True) -> Iterator[Path | None]:
-    """A file of the teacher's hidden states of the setup's rows, filled by a process of its own; None if not needed."""
+    """A folder of the teacher's hidden states of the setup's rows, filled by another process; None if not needed."""
     if not needed:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "hidden_states.safetensors"
-        in_fresh_process("filling the store", stored_states.fill, setup, path)
-        yield path
+        in_fresh_process("filling the store", stored_states.fill, setup, Path(folder))
+        yield Path(folder)

@@ -117,9 +117,8 @@ def matrix_rates(setup: Setup) -> dict[str, float]:
     headed = split_model(case.student.model)
     width, vocabulary = headed.hidden_size, case.num_real_tokens
     hardware = HardwareConfig(**shipped("hardware/cpu"))
-    chunk = min(
-        tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, hardware.device), case.num_response_tokens
-    )
+    room = tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, torch.device("cpu"))
+    chunk = min(room, case.num_response_tokens)
     tokens = sum(row.num_tokens for row in case.rows)
     shapes = {
         "layer [T, D] × [D, 4D]": (tokens, width, 4 * width),

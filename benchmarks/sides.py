@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cases import Case
+    from pocl_cli.models.device import Hardware
     from pocl_cli.models.head import OutputHead
+    from pocl_cli.models.teacher import Teacher
     from pocl_cli.records import TokenisedRow
 
 Step = Callable[[], float]
@@ -253,17 +255,17 @@ def online_side(case: Case) -> Step:
     from pocl_cli.models.head import split_model
     from pocl_cli.models.teacher import OnlineTeacher
 
-    return _ours(case, OnlineTeacher(split_model(case.load_teacher().model)))
+    return _ours(case, lambda hardware: OnlineTeacher(split_model(case.load_teacher().model)))
 
 
 def stored_side(case: Case) -> Step:
     """What the training loop makes of a global batch, with the teacher's hidden states read instead of computed."""
-    assert case.store is not None, "the stored side is given a file of hidden states"
-    # The teacher goes before the student comes: only its head stays.
-    return _ours(case, stored_states.StoredTeacher(case.store, stored_states.teacher_head(case)))
+    store = case.store
+    assert store is not None, "the stored side is given a folder of hidden states"
+    return _ours(case, lambda hardware: stored_states.stored_teacher(case, store, hardware))
 
 
-def _ours(case: Case, teacher: Any) -> Step:
+def _ours(case: Case, open_teacher: Callable[[Hardware], Teacher]) -> Step:
     from cases import shipped
     from pocl_cli.models.device import set_up_hardware
     from pocl_cli.models.head import split_model
@@ -277,7 +279,7 @@ def _ours(case: Case, teacher: Any) -> Step:
     module = StudentWithObjective(
         split_model(case.student.model),
         method=case.method,
-        teacher=teacher,
+        teacher=open_teacher(hardware),
         num_real_tokens=case.num_real_tokens,
         hardware=hardware,
     )

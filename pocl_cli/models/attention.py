@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from pocl_cli.models.batch import Batch, PaddedRows
 
 _NAME = "pocl_causal"
-_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths of rows in one sequence; None: side by side")
+_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("rows in one sequence; None: side by side", default=None)
 
 # What models hand to attention besides tensors that has no bearing on full causal attention.
 _HARMLESS = frozenset({"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"})
@@ -35,7 +35,7 @@ class OtherAttentionError(Exception):
 
 def packed_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
     """The final hidden states of the batch's selected tokens `[N, D]`, from rows in one sequence."""
-    with _causal(backbone, batch.lengths):
+    with _attention(backbone, _NAME, batch.lengths):
         hidden_1TD: Tensor = backbone(
             input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False
         ).last_hidden_state
@@ -44,7 +44,7 @@ def packed_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
 
 def padded_hidden_states(backbone: nn.Module, rows: PaddedRows) -> Tensor:
     """The same from rows side by side."""
-    with _causal(backbone, None):
+    with _attention(backbone, _NAME, None):
         hidden_BLD: Tensor = backbone(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
     return hidden_BLD.flatten(0, 1).index_select(0, rows.selected_N)
 
@@ -64,11 +64,26 @@ def is_exchangeable(backbone: nn.Module, probe: Batch, expected_ND: Tensor, tole
     return all((one.double() - expected_ND.double()).abs().max().item() <= tolerance for one in found)
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Switches gradient checkpointing on: layers run again in the backward pass, with the attention that they had.
+
+    Without that, a layer would find the model's own attention in its place when it runs again.
+    """
+    config: Any = model.config
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _attention(model, config._attn_implementation, _LENGTHS.get())
+
+    # The newer name of the same switch, where this transformers has it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
+
+
 @contextmanager
-def _causal(model: nn.Module, lengths: tuple[int, ...] | None) -> Iterator[None]:
+def _attention(model: nn.Module, name: str, lengths: tuple[int, ...] | None) -> Iterator[None]:
     config: Any = model.config
     before, token = config._attn_implementation, _LENGTHS.set(lengths)
-    config._attn_implementation = _NAME
+    config._attn_implementation = name
     try:
         yield
     finally:

@@ -100,16 +100,7 @@ class HeadedModel(nn.Module):
 
         On the CPU, where the architecture allows for it: elsewhere, attention row by row would be many small kernels.
         """
-        return self._attends_causally and self.model.device.type == "cpu"
-
-    @property
-    def _attends_causally(self) -> bool:
-        # With gradient checkpointing, layers run again when the model's own attention is back in its place.
-        # The newer name of the same property, where this transformers has it.
-        recomputes = getattr(self.model, "is_activation_checkpointing", None)
-        if recomputes is None:
-            recomputes = self.model.is_gradient_checkpointing
-        return self._causal and not recomputes
+        return self._causal and self.model.device.type == "cpu"
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The final hidden states that predict the response tokens `[N, D]`, row after row."""
@@ -119,7 +110,7 @@ class HeadedModel(nn.Module):
 
     def padded_hidden_states(self, rows: PaddedRows) -> Tensor:
         """The same from rows side by side."""
-        if self._attends_causally:
+        if self._causal:
             return attention.padded_hidden_states(self.model.base_model, rows)
         if self.head.projection is not None:
             return _select(self.model.base_model, "last_hidden_state", rows)

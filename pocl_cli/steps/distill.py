@@ -21,6 +21,7 @@ from pocl_cli.curriculum.stage_table import StageRow, stage_table
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import Advance, get_logger, progress
+from pocl_cli.models.attention import recompute_layers
 from pocl_cli.models.card import model_card
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
@@ -173,9 +174,7 @@ def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Ha
         teacher_width=teacher.num_logits if teacher else None,
     )
     if chain.config.student.gradient_checkpointing:
-        # The newer name of the same switch, where this transformers has it.
-        enable = getattr(loaded.model, "activation_checkpointing_enable", None)
-        (enable or loaded.model.gradient_checkpointing_enable)()
+        recompute_layers(loaded.model)
     return StudentWithObjective(
         headed,
         method=chain.config.kd_method,

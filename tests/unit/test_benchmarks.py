@@ -62,7 +62,7 @@ def loss_and_norm(side: str, method: str, kd_ratio: float, store: Path | None = 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "states.safetensors"
+    path = tmp_path_factory.mktemp("store")
     stored_states.fill(SMALL, path)
     return path
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pocl_cli.models.attention import recompute_layers
 from pocl_cli.models.batch import make_batch
-from pocl_cli.models.head import split_model
+from pocl_cli.models.head import HeadedModel, split_model
 
 VOCABULARY = 50
 COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+NO_DROPOUT = {"dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
 LLAMA = {
     **COMMON,
     "hidden_size": 16,
@@ -23,9 +26,10 @@ LLAMA = {
 PACKED = {
     "llama": LLAMA,
     "qwen2": LLAMA,
-    "gpt2": {**COMMON, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt2": {**COMMON, **NO_DROPOUT, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "opt": {
         **COMMON,
+        **NO_DROPOUT,
         "hidden_size": 16,
         "ffn_dim": 24,
         "num_hidden_layers": 2,
@@ -103,20 +107,29 @@ def test_architecture_that_would_let_rows_see_each_other_is_padded(model_type):
     assert not headed.packs
 
 
-def test_model_with_gradient_checkpointing_is_padded_and_has_the_same_gradients():
-    model, batch = make("llama", LLAMA), batch_of(rows_of(7, 3, 5))
+@pytest.mark.parametrize("model_type", PACKED)
+@pytest.mark.parametrize("packs", [True, False])
+def test_model_that_recomputes_its_layers_has_the_same_gradients_to_the_bit(model_type, packs, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(HeadedModel, "packs", False)
+    model, batch = make(model_type, PACKED[model_type]), batch_of(rows_of(7, 3, 5))
     headed = split_model(model)
-    headed.hidden_states(batch).square().sum().backward()
-    expected = [parameter.grad.clone() for parameter in model.model.parameters()]
-    model.zero_grad()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
+    runs = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            next(layer.children()).register_forward_pre_hook(lambda *_: runs.append(1))
 
     headed.hidden_states(batch).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.base_model.parameters()]
+    assert len(runs) == 2
+    model.zero_grad()
+    recompute_layers(model)
+    headed.hidden_states(batch).square().sum().backward()
 
-    assert not headed.packs
-    for parameter, gradient in zip(model.model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
+    assert len(runs) == 2 + 2 * 2, "each layer ran twice"
+    for parameter, gradient in zip(model.base_model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_model_after_a_packed_pass_has_its_own_attention_again(tmp_path):
