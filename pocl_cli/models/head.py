@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pocl_cli.log import get_logger
 
@@ -85,19 +85,51 @@ class HeadedModel(nn.Module):
         """V, the width of the logits before they are cut to the tokenizer's size."""
         return self.head.num_logits
 
-    def hidden_states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_mask_BL: Tensor) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor | None,
+        position_mask_BL: Tensor,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """The final hidden states of the selected positions `[N, D]`, in row-major order.
 
         Args:
             input_ids_BL: token ids.
             attention_mask_BL: 1 for tokens, 0 for padding on either side; None where every position is a token.
             position_mask_BL: True for the positions wanted.
+            cache: an empty cache, which then holds the keys and values of all positions.
         """
-        if self.head.projection is not None:
-            return _backbone_states(self.model, input_ids_BL, attention_mask_BL, position_mask_BL)
-        outputs = self.model(**_inputs(self.model, input_ids_BL, attention_mask_BL))
-        logits: Tensor = outputs.logits
-        return logits[position_mask_BL]
+        inputs = _inputs(self._states_module, input_ids_BL, attention_mask_BL)
+        if cache is not None:
+            inputs |= {"use_cache": True, "past_key_values": cache}
+        return self._all_states(inputs)[position_mask_BL]
+
+    def next_states(
+        self, input_ids_R1: Tensor, attention_mask: Tensor, position_ids_R1: Tensor, cache: Cache
+    ) -> Tensor:
+        """The final hidden states `[R, D]` of one more token a row, after those in `cache`, which takes the token in.
+
+        Args:
+            input_ids_R1: the tokens.
+            attention_mask: True for the columns of the cache that a row sees, its new token's included, [R, 1, 1, C].
+            position_ids_R1: the tokens' positions in their rows.
+            cache: keys and values of the rows' earlier tokens.
+        """
+        inputs: dict[str, object] = {"input_ids": input_ids_R1, "attention_mask": attention_mask}
+        inputs |= {"position_ids": position_ids_R1, "past_key_values": cache, "use_cache": True}
+        return self._all_states(inputs)[:, -1]
+
+    @property
+    def _states_module(self) -> nn.Module:
+        """What gives the hidden states: the backbone, or the whole model where its logits take their place."""
+        return self.model if self.head.projection is None else self.model.base_model
+
+    def _all_states(self, inputs: dict[str, object]) -> Tensor:
+        outputs = self._states_module(**inputs)
+        states_BLD: Tensor = outputs.logits if self.head.projection is None else outputs.last_hidden_state
+        return states_BLD
 
 
 def split_model(model: PreTrainedModel) -> HeadedModel:
@@ -123,11 +155,16 @@ def split_model(model: PreTrainedModel) -> HeadedModel:
     return HeadedModel(model, OutputHead(None, logits_NV.shape[-1]), logits_NV.shape[-1])
 
 
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """Largest difference that rounding explains in a model of this dtype, as a fraction of the largest number."""
+    return _TOLERANCE[dtype]
+
+
 def _best_match(candidates: list[OutputHead], hidden_ND: Tensor, logits_NV: Tensor) -> OutputHead | None:
     # A cap or factor near 1 may pass as rounding: the closest candidate wins, not the first that is close enough.
     differences = [_largest_difference(candidate(hidden_ND), logits_NV) for candidate in candidates]
     best = min(range(len(candidates)), key=differences.__getitem__)
-    tolerance = _TOLERANCE[logits_NV.dtype] * logits_NV.abs().max().item()
+    tolerance = rounding_tolerance(logits_NV.dtype) * logits_NV.abs().max().item()
     return candidates[best] if differences[best] <= tolerance else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
-from pocl_cli.models.head import split_model
+from pocl_cli.models.head import HeadedModel, split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DecodingConfig, PoclConfig
-from pocl_cli.steps.answers import answer
+from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
@@ -123,34 +124,41 @@ def _measure_in_shards(
                 scored += [ScoredRecord(**row) for row in pq.read_table(path).to_pylist()]
                 advance(len(shard))
                 continue
-            measured = measure_cross_entropy(
-                headed,
-                shard,
-                num_real_tokens=num_real_tokens(loaded.tokenizer),
-                pad_token_id=loaded.pad_token_id,
-                hardware=hardware,
-            )
-            _refuse_non_finite(measured, who)
             if who == "student":
-                answers = answer(
-                    loaded, shard, decoding=decoding, seed=config.score.seed, purpose="score", hardware=hardware
+                measured = _measured_by_student(config, loaded, headed, shard, rows, decoding, hardware)
+            else:
+                measured = measure_cross_entropy(
+                    headed,
+                    shard,
+                    num_real_tokens=num_real_tokens(loaded.tokenizer),
+                    pad_token_id=loaded.pad_token_id,
+                    hardware=hardware,
                 )
-                measured = [
-                    ScoredRecord(
-                        row.id,
-                        row.num_prompt_tokens,
-                        row.num_response_tokens,
-                        row.cross_entropy,
-                        one.text,
-                        rouge_l(one.text, rows.records[row.id].references),
-                    )
-                    for row, one in zip(measured, answers, strict=True)
-                ]
+            _refuse_non_finite(measured, who)
             durable.write_parquet(path, _table(measured))
             scored += measured
             advance(len(shard))
     by_id = {row.id: row for row in scored}
     return [by_id[record_id] for record_id in rows.train.ids]
+
+
+def _measured_by_student(
+    config: PoclConfig,
+    loaded: LoadedModel,
+    headed: HeadedModel,
+    shard: Sequence[TokenisedRow],
+    rows: TrainingRows,
+    decoding: DecodingConfig,
+    hardware: Hardware,
+) -> list[ScoredRecord]:
+    """Cross entropy and an answer of each row, with the answer's ROUGE-L."""
+    measured, (answers,) = measure_and_answer(
+        headed, loaded, shard, decoding=decoding, seeds=[config.score.seed], purpose="score", hardware=hardware
+    )
+    return [
+        replace(row, generation=one.text, rouge_l=rouge_l(one.text, rows.records[row.id].references))
+        for row, one in zip(measured, answers, strict=True)
+    ]
 
 
 def _shards(rows: TrainingRows) -> Iterator[list[TokenisedRow]]:

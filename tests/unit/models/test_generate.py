@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pocl_cli.errors import ConfigError, NonFiniteError
 from pocl_cli.models.generate import Generated, generate
+from pocl_cli.models.head import split_model
 from pocl_cli.models.sampling import row_seed
 from pocl_cli.schema import DecodingConfig
 
@@ -44,7 +45,11 @@ def run(
     )
     settings = {"eos_token_ids": (), "pad_token_id": 0, "context_length": CONTEXT, **options}
     seeds = seeds if seeds is not None else [row_seed(10, str(row), "test") for row in range(len(prompts))]
-    return generate(model, prompts, seeds=seeds, decoding=decoding, max_tokens_per_batch=budget, **settings)
+    each = [[seed] for seed in seeds]
+    answers = generate(
+        split_model(model), prompts, seeds=each, decoding=decoding, max_tokens_per_batch=budget, **settings
+    )
+    return [one for (one,) in answers]
 
 
 def some_ends(model: PreTrainedModel, **options: Any) -> list[int]:
