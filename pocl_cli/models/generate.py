@@ -166,12 +166,8 @@ def _decode_in_slots(
 
     The longest prompts go first, so that memory runs out at once or never.
     """
-    waiting = deque(
-        sorted(
-            (prompt for prompt in range(len(rows)) if rows[prompt]),
-            key=lambda prompt: (-reader.num_tokens(prompt), prompt),
-        )
-    )
+    answered = [prompt for prompt, its_rows in enumerate(rows) if its_rows]
+    waiting = deque(sorted(answered, key=lambda prompt: (-reader.num_tokens(prompt), prompt)))
     if not waiting:
         return
     capacity = max(len(row.prompt) + row.limit for its_rows in rows for row in its_rows)
@@ -227,7 +223,7 @@ def _let_go(live: list[DecodedRow], inputs: list[int], slots: SlotCache) -> int:
     done = [slot for slot, row in enumerate(live) if row.done]
     for slot in reversed(done):  # from the end: the last row, which moves into the gap, is not done
         slots.leave(slot)
-        for one in (live, inputs):
-            one[slot] = one[-1]
-            one.pop()
+        live[slot], inputs[slot] = live[-1], inputs[-1]
+        live.pop()
+        inputs.pop()
     return len(done)

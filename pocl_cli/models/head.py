@@ -107,17 +107,17 @@ class HeadedModel(nn.Module):
         return self._all_states(inputs)[position_mask_BL]
 
     def next_states(
-        self, input_ids_R1: Tensor, attention_mask: Tensor, position_ids_R1: Tensor, cache: Cache
+        self, input_ids_R1: Tensor, attention_mask_R11C: Tensor, position_ids_R1: Tensor, cache: Cache
     ) -> Tensor:
         """The final hidden states `[R, D]` of one more token a row, after those in `cache`, which takes the token in.
 
         Args:
             input_ids_R1: the tokens.
-            attention_mask: True for the columns of the cache that a row sees, its new token's included, [R, 1, 1, C].
+            attention_mask_R11C: True for the columns of the cache that a row sees, its new token's included.
             position_ids_R1: the tokens' positions in their rows.
             cache: keys and values of the rows' earlier tokens.
         """
-        inputs: dict[str, object] = {"input_ids": input_ids_R1, "attention_mask": attention_mask}
+        inputs: dict[str, object] = {"input_ids": input_ids_R1, "attention_mask": attention_mask_R11C}
         inputs |= {"position_ids": position_ids_R1, "past_key_values": cache, "use_cache": True}
         return self._all_states(inputs)[:, -1]
 

@@ -76,16 +76,16 @@ class _PaddedBatch:
         return [place for place, row in enumerate(self.rows) if not row.done]
 
     @property
-    def attention_mask_RC(self) -> Tensor | None:
-        """1 for tokens, 0 for padding, the new tokens' columns included; None where there is no padding."""
+    def attention_mask(self) -> Tensor | None:
+        """1 for tokens, 0 for padding, [R, C + T]; None where there is no padding."""
         if not bool(self._padding_R1.any()):
             return None
         columns = torch.arange(self.num_cached + self.input_ids_RT.shape[1], device=self._device)
         return (columns >= self._padding_R1).long()
 
     @property
-    def position_ids_RT(self) -> Tensor:
-        """The position of each input token in its row; negative in padding."""
+    def position_ids(self) -> Tensor:
+        """The position of each input token in its row, [R, T]; negative in padding."""
         columns = torch.arange(self.num_cached, self.num_cached + self.input_ids_RT.shape[1], device=self._device)
         return columns - self._padding_R1
 
@@ -127,7 +127,7 @@ class _Call:
         """Logits of each row's next token, [R, V]."""
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids_RT,
-            "attention_mask": batch.attention_mask_RC,
+            "attention_mask": batch.attention_mask,
             "use_cache": True,
             self._cache_name: batch.cache,
         }
@@ -135,7 +135,7 @@ class _Call:
             inputs["attention_mask"] = None  # a recurrent state holds no padding
         if "position_ids" in self._arguments:  # GPT-2 counts padding as positions unless told otherwise
             # above, the clamp is for rows that ended where the context ends and have not left yet
-            inputs["position_ids"] = batch.position_ids_RT.clamp(min=0, max=self._last_position)
+            inputs["position_ids"] = batch.position_ids.clamp(min=0, max=self._last_position)
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = 1
         forward: Any = self._model

@@ -1,7 +1,7 @@
 """From logits to the next token: the no-repeat rule, temperature, top-k, top-p, and one draw per row.
 
-Shapes: R rows, V vocabulary, B blocks of T tokens. A row's draws come from a stream of its own, so its tokens do not depend on the
-rows that it is decoded with (beyond the rounding of the logits).
+Shapes: R rows, V vocabulary, B blocks of T tokens. A row's draws come from a stream of its own, so its tokens do not
+depend on the rows that it is decoded with (beyond the rounding of the logits).
 """
 
 from __future__ import annotations

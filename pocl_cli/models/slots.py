@@ -10,47 +10,81 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pocl_cli.log import get_logger
 from pocl_cli.models.head import HeadedModel, rounding_tolerance
 
+# Rows that attend together on the CPU, to the columns of the longest of them. Elsewhere calls cost more than columns.
+_ROWS_TOGETHER = 16
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True)
 class _Step:
-    """Where the rows of a step write, and how much they read; one value that all layers share."""
+    """Where the rows of a step write, and what they read; one value that all layers share."""
 
-    rows_R: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    lengths_R: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    num_columns: int = 0
+    lengths_R: Tensor  # noqa: N815 (fields carry shape suffixes too)
+    num_columns: int
+    groups: tuple[tuple[slice, int], ...]  # rows that attend together, and their columns
+
+
+def _new_step(lengths: Sequence[int], device: torch.device) -> _Step:
+    """The step after `lengths` cached tokens a row."""
+    together = _ROWS_TOGETHER if device.type == "cpu" else len(lengths)
+    starts = range(0, len(lengths), together)
+    groups = [(slice(start, start + together), max(lengths[start : start + together]) + 1) for start in starts]
+    return _Step(torch.tensor(lengths, device=device), max(lengths) + 1, tuple(groups))
+
+
+_step: ContextVar[_Step] = ContextVar("step")
+_ATTENTION = "pocl_slots"
+
+
+def _attend_in_groups(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """The models' own attention, for a few rows at a time, so that short rows do not read the columns of long ones."""
+    outputs = []
+    for rows, columns in _step.get().groups:
+        seen = (key[rows, :, :columns], value[rows, :, :columns], attention_mask[rows, ..., :columns])
+        outputs.append(sdpa_attention_forward(module, query[rows], *seen, **options)[0])
+    return torch.cat(outputs), None
+
+
+AttentionInterface.register(_ATTENTION, _attend_in_groups)
 
 
 class _SlotLayer(DynamicLayer):
     """Keys and values of one layer, [S, H, C, E]. A forward pass brings one new token a row."""
 
-    def __init__(self, keys: Tensor, values: Tensor, step: _Step) -> None:
-        super().__init__()
-        self.keys, self.values, self._step = keys, values, step
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Writes each row's token in the row's own column; returns what there is of the step's rows, [R, H, C, E]."""
-        step, num_rows = self._step, len(key_states)
-        self.keys[step.rows_R, :, step.lengths_R] = key_states[:, :, 0]
-        self.values[step.rows_R, :, step.lengths_R] = value_states[:, :, 0]
+        assert self.keys is not None, "a layer is made with its memory"
+        assert self.values is not None, "a layer is made with its memory"
+        step, num_rows = _step.get(), len(key_states)
+        rows_R = torch.arange(num_rows, device=self.device)
+        self.keys[rows_R, :, step.lengths_R] = key_states[:, :, 0]
+        self.values[rows_R, :, step.lengths_R] = value_states[:, :, 0]
         return self.keys[:num_rows, :, : step.num_columns], self.values[:num_rows, :, : step.num_columns]
 
     def get_seq_length(self) -> int:
         """Columns before the step's: its mask and its positions are given, so no row's own length is asked for."""
-        return self._step.num_columns - 1
+        return _step.get().num_columns - 1
 
 
 class SlotCache:
@@ -63,7 +97,6 @@ class SlotCache:
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
         self.lengths: list[int] = []
-        self._step = _Step()
         self._cache: Cache | None = None
 
     def enter(self, read: Cache, sources: Sequence[int], lengths: Sequence[int]) -> None:
@@ -96,15 +129,23 @@ class SlotCache:
         """Reads one more token a row; returns the final hidden states, from which the next ones come, [R, D]."""
         assert self._cache is not None, "no row has entered"
         device = self._layers[0].keys.device
-        lengths_R = torch.tensor(self.lengths, device=device)
-        self._step.rows_R = torch.arange(len(tokens), device=device)
-        self._step.lengths_R = lengths_R
-        self._step.num_columns = max(self.lengths) + 1
-        mask_RC = torch.arange(self._step.num_columns, device=device) <= lengths_R[:, None]
+        step = _new_step(self.lengths, device)
+        mask_RC = torch.arange(step.num_columns, device=device) <= step.lengths_R[:, None]
         self.lengths = [length + 1 for length in self.lengths]
-        return headed.next_states(
-            torch.tensor(tokens, device=device)[:, None], mask_RC[:, None, None], lengths_R[:, None], self._cache
-        )
+        config = headed.model.config.get_text_config(decoder=True)
+        usual = config._attn_implementation
+        token = _step.set(step)
+        config._attn_implementation = _ATTENTION
+        try:
+            return headed.next_states(
+                torch.tensor(tokens, device=device)[:, None],
+                mask_RC[:, None, None],
+                step.lengths_R[:, None],
+                self._cache,
+            )
+        finally:
+            config._attn_implementation = usual
+            _step.reset(token)
 
     @property
     def _layers(self) -> list[Any]:
@@ -117,7 +158,7 @@ class SlotCache:
             torch.zeros(self.num_slots, one.shape[1], self.capacity, one.shape[3], dtype=one.dtype, device=one.device)
             for one in (like.keys, like.values)
         )
-        return _SlotLayer(keys, values, self._step)
+        return _SlotLayer(keys, values)
 
 
 @torch.no_grad()
