@@ -176,15 +176,16 @@ def _decode_in_slots(
     slots = SlotCache(min(num_slots, sum(len(its_rows) for its_rows in rows)), capacity)
     live: list[DecodedRow] = []  # live[i] is in slot i
     inputs: list[int] = []  # their tokens that have not been read
+    enough = max(most_answers, int(_REFILL_ABOVE * slots.num_slots))  # free slots that call for new rows
     while waiting or live:
-        if live:
-            inputs = rule.next_tokens(headed.head(slots.step(headed, inputs)), live)
-        enough = max(most_answers, int(_REFILL_ABOVE * slots.num_slots))
         while waiting and (not live or slots.num_slots - len(live) >= enough):
             group = _take_group(waiting, rows, reader, max_tokens, slots.num_slots - len(live))
             inputs += _enter(headed, group, rows, reader, rule, slots)
             live += [row for prompt in group for row in rows[prompt]]
-        yield _let_go(live, inputs, slots)
+            yield _let_go(live, inputs, slots)
+        if live:
+            inputs = rule.next_tokens(headed.head(slots.step(headed, inputs)), live)
+            yield _let_go(live, inputs, slots)
 
 
 def _take_group(

@@ -42,9 +42,7 @@ def decode_padded(
     call = _Call(model, context_length)
     waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
     while waiting:
-        longest = len(waiting[0].prompt) + max(row.limit for row in waiting)
-        num_rows = min(len(waiting), max(1, max_tokens // longest))
-        batch = _PaddedBatch([waiting.popleft() for _ in range(num_rows)], model, pad_token_id)
+        batch = _PaddedBatch(_take_batch(waiting, context_length, max_tokens), model, pad_token_id)
         while batch.going:
             going = batch.going
             logits_RV = call.logits(batch)[torch.tensor(going, device=model.device)]
@@ -52,6 +50,20 @@ def decode_padded(
             yield len(going) - len(batch.going)
             if 0 < len(batch.going) < _DROP_BELOW * len(batch.rows):
                 batch.drop_done()
+
+
+def _take_batch(waiting: deque[DecodedRow], context_length: int | None, max_tokens: int) -> list[DecodedRow]:
+    """The next rows that fit the budget, and whose columns, padding included, fit the context; one at least."""
+    taken = [waiting.popleft()]
+    longest = len(taken[0].prompt)
+    while waiting:
+        num_columns = longest + waiting[0].limit
+        if context_length is not None and num_columns > context_length:
+            break
+        if (len(taken) + 1) * num_columns > max_tokens:
+            break
+        taken.append(waiting.popleft())
+    return taken
 
 
 class _PaddedBatch:
