@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pocl_cli.artifacts.work import Work
 
 # Rows that are answered and committed together; see score.SHARD_ROWS.
-SHARD_ROWS = 256
+SHARD_ROWS = 128
 
 
 def run(run: Run) -> StepResult:
