@@ -22,14 +22,17 @@ from pocl_cli.models.decoded_row import DecodedRow, DecodingRule
 from pocl_cli.models.packed import packed_linears
 from pocl_cli.models.padded_decoding import decode_padded
 from pocl_cli.models.sampling import NoRepeatNgrams
-from pocl_cli.models.slots import SlotCache, decodes_in_slots
+from pocl_cli.models.slots import SlotCache, bytes_per_slot_token
 
 if TYPE_CHECKING:
     from pocl_cli.models.head import HeadedModel
     from pocl_cli.schema import DecodingConfig
 
-# Tokens in the cache for each token of a forward pass: a cache is small beside the activations of training.
-_CACHED_TOKENS_FACTOR = 4
+# Cached tokens for each token of a forward pass: between so many and, while they take little memory, so many. Training
+# keeps about that much of a micro-batch.
+_CACHED_TOKENS, _MOST_CACHED_TOKENS, _LITTLE_MEMORY = 4, 16, 2**30
+# More rows than this gain nothing on the CPU: its products are as fast as they get, and the logits leave its caches.
+_MOST_ROWS_ON_CPU = 128
 # New rows come once this share of the slots is free: reading prompts one by one costs a step each.
 _REFILL_ABOVE = 1 / 8
 
@@ -76,11 +79,11 @@ def generate(
         prompts: token ids of each prompt, without padding, at least one each.
         seeds: the seeds of each prompt's answers, below 2^64 (see `sampling.row_seed`).
         eos_token_ids: tokens that end an answer; they are not part of it.
-        max_tokens_per_batch: bound on the tokens of a forward pass, padding included, and on a quarter of those in the
-            cache; one prompt with all its answers always goes.
+        max_tokens_per_batch: bound on the tokens of a forward pass, padding included; the cache holds 4 to 16 times as
+            many. One prompt with all its answers always goes.
         context_length: positions that the model has; an answer is cut where they end. None: no limit.
         vocabulary_size: the tokenizer's number of tokens; embedding rows beyond it (padding) are never generated.
-        reader: reads more than the prompts; asked only where `decodes_in_slots`.
+        reader: reads more than the prompts; asked only where the model can be decoded in slots.
         on_finished: called with the number of answers finished so far, as they finish.
 
     Raises:
@@ -96,9 +99,11 @@ def generate(
     headed.model.train(False)
     try:
         with packed_linears(headed.model):
-            if decodes_in_slots(headed):
+            num_bytes = bytes_per_slot_token(headed)
+            if num_bytes is not None:
                 reader = reader or _Prompts(headed, prompts, pad_token_id)
-                steps = _decode_in_slots(headed, rows, reader, rule, max_tokens_per_batch)
+                slots = _make_slots(headed, rows, max_tokens_per_batch, num_bytes)
+                steps = _decode_in_slots(headed, rows, reader, rule, slots, max_tokens_per_batch)
             else:
                 steps = decode_padded(
                     headed.model,
@@ -106,7 +111,7 @@ def generate(
                     rule,
                     pad_token_id=pad_token_id,
                     context_length=context_length,
-                    max_tokens=_CACHED_TOKENS_FACTOR * max_tokens_per_batch,
+                    max_tokens=_CACHED_TOKENS * max_tokens_per_batch,
                 )
             num_finished = 0
             for num_more in steps:
@@ -155,11 +160,26 @@ class _Prompts:
         )
 
 
+def _make_slots(
+    headed: HeadedModel, rows: Sequence[Sequence[DecodedRow]], max_tokens: int, bytes_per_token: int
+) -> SlotCache:
+    """As many slots as the budget allows and the rows need; at least one prompt's rows can enter."""
+    every = [row for its_rows in rows for row in its_rows]
+    capacity = max((len(row.prompt) + row.limit for row in every), default=1)
+    num_tokens = max(_LITTLE_MEMORY // bytes_per_token, _CACHED_TOKENS * max_tokens)
+    num_slots = min(num_tokens, _MOST_CACHED_TOKENS * max_tokens) // capacity
+    if headed.model.device.type == "cpu":
+        num_slots = min(num_slots, _MOST_ROWS_ON_CPU)
+    most_answers = max((len(its_rows) for its_rows in rows), default=0)
+    return SlotCache(min(max(num_slots, most_answers), len(every)), capacity)
+
+
 def _decode_in_slots(
     headed: HeadedModel,
     rows: Sequence[Sequence[DecodedRow]],
     reader: PromptReader,
     rule: DecodingRule,
+    slots: SlotCache,
     max_tokens: int,
 ) -> Iterator[int]:
     """Decodes the rows of all prompts; yields how many finish, step by step.
@@ -168,12 +188,7 @@ def _decode_in_slots(
     """
     answered = [prompt for prompt, its_rows in enumerate(rows) if its_rows]
     waiting = deque(sorted(answered, key=lambda prompt: (-reader.num_tokens(prompt), prompt)))
-    if not waiting:
-        return
-    capacity = max(len(row.prompt) + row.limit for its_rows in rows for row in its_rows)
-    most_answers = max(len(its_rows) for its_rows in rows)
-    num_slots = max(_CACHED_TOKENS_FACTOR * max_tokens // capacity, most_answers)
-    slots = SlotCache(min(num_slots, sum(len(its_rows) for its_rows in rows)), capacity)
+    most_answers = max((len(its_rows) for its_rows in rows), default=0)
     live: list[DecodedRow] = []  # live[i] is in slot i
     inputs: list[int] = []  # their tokens that have not been read
     enough = max(most_answers, int(_REFILL_ABOVE * slots.num_slots))  # free slots that call for new rows

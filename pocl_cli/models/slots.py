@@ -162,26 +162,34 @@ class SlotCache:
 
 
 @torch.no_grad()
-def decodes_in_slots(headed: HeadedModel) -> bool:
-    """Whether the model can be decoded with a `SlotCache`: a column's place in the cache must mean nothing to it.
+def bytes_per_slot_token(headed: HeadedModel) -> int | None:
+    """Memory of a cached token, or None where the model cannot be decoded with a `SlotCache`.
 
-    Not so for sliding windows, recurrent states, and architectures that derive more than visibility from the mask. The
-    last word has a comparison with the model's own hidden states.
+    A column's place in the cache must mean nothing to the model. It does for sliding windows, recurrent states, and
+    architectures that derive more than visibility from the mask. The last word has a comparison with the model's own
+    hidden states.
     """
     model = headed.model
     config = model.config.get_text_config(decoder=True)
-    backbone = model.base_model
-    if not {"position_ids", "past_key_values"} <= set(inspect.signature(backbone.forward).parameters):
-        return False
+    if not {"position_ids", "past_key_values"} <= set(inspect.signature(model.base_model.forward).parameters):
+        return None
     if not model._supports_attention_backend or config._attn_implementation != "sdpa":
-        return False
-    layers = DynamicCache(config=config).layers
-    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-        return False
-    return _agrees(headed)
+        return None
+    read = DynamicCache(config=config)
+    if not read.layers or any(type(layer) is not DynamicLayer for layer in read.layers):
+        return None
+    if not _agrees(headed, read):
+        get_logger().warning(
+            "%s: decoding in slots gives other hidden states than the model alone; a slower way of decoding is taken",
+            type(model).__name__,
+        )
+        return None
+    layers: list[Any] = list(read.layers)
+    tensors: list[Tensor] = [one for layer in layers for one in (layer.keys, layer.values)]
+    return sum(one[0, :, 0].numel() * one.element_size() for one in tensors)
 
 
-def _agrees(headed: HeadedModel) -> bool:
+def _agrees(headed: HeadedModel, read: DynamicCache) -> bool:
     """Decodes the last token of two short rows of different length, and compares with a pass without a cache."""
     device = headed.model.device
     embedding = headed.model.get_input_embeddings().weight
@@ -192,16 +200,9 @@ def _agrees(headed: HeadedModel) -> bool:
     lengths_B1 = torch.tensor(lengths, device=device)[:, None]
     last_BL = columns_L == lengths_B1
     expected_BD = headed.hidden_states(input_ids_BL, (columns_L <= lengths_B1).long(), last_BL)
-    read = DynamicCache(config=headed.model.config.get_text_config(decoder=True))
     headed.hidden_states(input_ids_BL, (columns_L < lengths_B1).long(), last_BL, cache=read)
     slots = SlotCache(num_slots=2, capacity=6)
     slots.enter(read, [0, 1], lengths)
     found_BD = slots.step(headed, input_ids_BL[last_BL].tolist())
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else expected_BD.dtype
-    agrees = (found_BD - expected_BD).abs().max() <= rounding_tolerance(dtype) * expected_BD.abs().max()
-    if not agrees:
-        get_logger().warning(
-            "%s: decoding in slots gives other hidden states than the model alone; a slower way of decoding is taken",
-            type(headed.model).__name__,
-        )
-    return bool(agrees)
+    return bool((found_BD - expected_BD).abs().max() <= rounding_tolerance(dtype) * expected_BD.abs().max())

@@ -104,7 +104,7 @@ def measure_in_one_pass(
     )
 
 
-@pytest.mark.parametrize("budget", [1, 60, 4096])
+@pytest.mark.parametrize("budget", [1, 10, 60, 4096])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, WINDOWED], ids=lambda one: one["model_type"])
 def test_one_pass_when_compared_with_two_then_gives_the_same_cross_entropy_and_answers(architecture, budget):
     model = make_model(architecture, 0, dtype=torch.float64)
