@@ -6,6 +6,7 @@ depend on the rows that it is decoded with (beyond the rounding of the logits).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -119,8 +120,10 @@ def choose(logits_RV: Tensor, decoding: DecodingConfig, uniforms_R: NDArray[np.f
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     if decoding.sampling_temperature == 0:
         best_R, tokens_R = logits_RV.max(dim=-1)
-        _refuse_non_finite(best_R)
-        return [int(token) for token in tokens_R.tolist()]
+        best, tokens = torch.stack([best_R.double(), tokens_R.double()]).tolist()  # one transfer from the device
+        if not all(map(math.isfinite, best)):
+            _refuse_non_finite(best_R)
+        return [int(token) for token in tokens]
     if decoding.sampling_temperature != 1:
         logits_RV = logits_RV / decoding.sampling_temperature
     logits_RV = keep_top_p(keep_top_k(logits_RV, decoding.top_k), decoding.top_p)
