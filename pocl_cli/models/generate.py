@@ -206,7 +206,10 @@ def _decode_in_slots(
 def _take_group(
     waiting: deque[int], rows: Sequence[Sequence[DecodedRow]], reader: PromptReader, max_tokens: int, free: int
 ) -> list[int]:
-    """Takes the next prompts that fit one forward pass and whose rows fit the free slots; one at least."""
+    """Takes the next prompts that fit one forward pass and whose rows fit the free slots; one at least.
+
+    They come by length: neighbours in the slots attend together, to the columns of the longest.
+    """
     longest = reader.num_tokens(waiting[0])
     group: list[int] = []
     while waiting and (not group or (len(group) + 1) * longest <= max_tokens):
@@ -214,7 +217,7 @@ def _take_group(
         if free < 0:
             break
         group.append(waiting.popleft())
-    return group
+    return sorted(group, key=lambda prompt: len(rows[prompt][0].prompt))
 
 
 def _enter(
