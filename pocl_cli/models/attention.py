@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pocl_cli.models.batch import Batch, PaddedRows
 
@@ -42,10 +42,12 @@ def packed_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
     return hidden_1TD[0].index_select(0, batch.selected_N)
 
 
-def padded_hidden_states(backbone: nn.Module, rows: PaddedRows) -> Tensor:
-    """The same from rows side by side."""
+def padded_hidden_states(backbone: nn.Module, rows: PaddedRows, cache: Cache | None = None) -> Tensor:
+    """The same from rows side by side; an empty `cache` then holds their keys and values."""
     with _attention(backbone, _NAME, None):
-        hidden_BLD: Tensor = backbone(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
+        hidden_BLD: Tensor = backbone(
+            input_ids=rows.input_ids_BL, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
     return hidden_BLD.flatten(0, 1).index_select(0, rows.selected_N)
 
 

@@ -7,7 +7,7 @@ B rows, L positions of the longest row, T tokens of all rows, N response tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class Batch:
 
 
 def make_batch(
-    ids: Sequence[str], rows: Sequence[Sequence[int]], selected: Sequence[range], targets: Sequence[int]
+    ids: Iterable[str], rows: Sequence[Sequence[int]], selected: Sequence[range], targets: Sequence[int]
 ) -> Batch:
     """Rows of token ids as a batch; `selected` holds the wanted positions of each row."""
     lengths = tuple(len(row) for row in rows)

@@ -1,29 +1,41 @@
-"""Decoding: one loop with a key-value cache, whose tokens do not depend on how the rows are batched.
+"""Decoding: answers whose tokens do not depend on how the rows are batched.
 
-Shapes: R rows of a batch, V vocabulary.
+Every prompt is read once, whatever the number of its answers; answers are decoded in slots of a key-value cache, and
+one that ends makes place for the next. Architectures without such a cache are decoded in batches of padded rows.
+
+Shapes: P prompts of a group, L tokens of the longest, R rows in the slots, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache
 
 from pocl_cli.errors import ConfigError
-from pocl_cli.models.decoding_batch import DecodedRow, DecodingBatch
-from pocl_cli.models.sampling import NoRepeatNgrams, ban, choose, uniforms
+from pocl_cli.models.batch import make_batch
+from pocl_cli.models.decoded_row import DecodedRow, DecodingRule
+from pocl_cli.models.packed import packed_linears
+from pocl_cli.models.padded_decoding import decode_padded
+from pocl_cli.models.sampling import NoRepeatNgrams
+from pocl_cli.models.slots import SlotCache, bytes_per_slot_token
 
 if TYPE_CHECKING:
+    from pocl_cli.models.head import HeadedModel
     from pocl_cli.schema import DecodingConfig
 
-_DROP_BELOW = 0.875  # done rows leave once they are an eighth of the batch: each departure copies the cache
-_REFILL_BELOW = 0.5  # new rows come once half of the places are free: a step costs nearly as much for few rows
+# Cached tokens for each token of a forward pass: between so many and, while they take little memory, so many. Training
+# keeps about that much of a micro-batch.
+_CACHED_TOKENS, _MOST_CACHED_TOKENS, _LITTLE_MEMORY = 4, 16, 2**30
+# More rows than this gain nothing on the CPU: its products are as fast as they get, and the logits leave its caches.
+_MOST_ROWS_ON_CPU = 128
+# New rows come once this share of the slots is free: reading prompts one by one costs a step each.
+_REFILL_ABOVE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,168 +46,195 @@ class Generated:
     ended: bool
 
 
+class PromptReader(Protocol):
+    """Reads prompts into a cache; who has more to read in the same pass (the references) brings a reader for it."""
+
+    def num_tokens(self, prompt: int) -> int:
+        """Number of tokens that are read for prompt number `prompt`, at least the prompt's own."""
+
+    def read(self, prompts: Sequence[int], cache: Cache) -> Tensor:
+        """Reads prompts into an empty cache, from column 0 on; returns the states of their last tokens, [P, D]."""
+
+
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    headed: HeadedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[Sequence[int]],
     decoding: DecodingConfig,
     eos_token_ids: Collection[int],
     pad_token_id: int,
     max_tokens_per_batch: int,
     context_length: int | None,
     vocabulary_size: int | None = None,
+    reader: PromptReader | None = None,
     on_finished: Callable[[int], None] | None = None,
-) -> list[Generated]:
-    """An answer to each prompt, in input order.
+) -> list[list[Generated]]:
+    """The answers to each prompt, one a seed, prompts and seeds in input order.
 
-    Rows are batched by length under a token budget and padded on the left; rows that end make place for others. Row i
-    draws from the stream `seeds[i]` alone, so its tokens do not depend on the other rows, up to the rounding of the
-    logits. The model is in evaluation mode meanwhile.
+    An answer draws from the stream of its seed alone, so its tokens do not depend on the other rows, up to the rounding
+    of the logits. The model is in evaluation mode meanwhile.
 
     Args:
         prompts: token ids of each prompt, without padding, at least one each.
-        seeds: one seed a row, below 2^64 (see `sampling.row_seed`).
+        seeds: the seeds of each prompt's answers, below 2^64 (see `sampling.row_seed`).
         eos_token_ids: tokens that end an answer; they are not part of it.
-        max_tokens_per_batch: bound on rows × (longest prompt + longest answer) of a batch; one row always goes.
+        max_tokens_per_batch: bound on the tokens of a forward pass, padding included; the cache holds 4 to 16 times as
+            many. One prompt with all its answers always goes.
         context_length: positions that the model has; an answer is cut where they end. None: no limit.
         vocabulary_size: the tokenizer's number of tokens; embedding rows beyond it (padding) are never generated.
-        on_finished: called with the number of rows finished so far, as they finish.
+        reader: reads more than the prompts; asked only where the model can be decoded in slots.
+        on_finished: called with the number of answers finished so far, as they finish.
 
     Raises:
         ConfigError: a prompt fills the whole context, or the model has no cache that can be decoded with.
         NonFiniteError: the model gives a NaN or infinite logit.
     """
-    decoder = _Decoder(model, decoding, frozenset(eos_token_ids), pad_token_id, context_length, vocabulary_size)
-    rows = [decoder.row(*row) for row in zip(range(len(prompts)), seeds, prompts, strict=True)]
-    was_training = model.training
-    model.train(False)
+    rows = [
+        [_row(prompt, seed, decoding, context_length) for seed in its_seeds]
+        for prompt, its_seeds in zip(prompts, seeds, strict=True)
+    ]
+    rule = DecodingRule(decoding, frozenset(eos_token_ids), vocabulary_size)
+    was_training = headed.model.training
+    headed.model.train(False)
     try:
-        num_finished = 0
-        for finished in decoder.run(rows, max_tokens_per_batch):
-            num_finished += len(finished)
-            if on_finished is not None:
-                on_finished(num_finished)
+        with packed_linears(headed.model):
+            num_bytes = bytes_per_slot_token(headed)
+            if num_bytes is not None:
+                reader = reader or _Prompts(headed, prompts)
+                slots = _make_slots(headed, rows, max_tokens_per_batch, num_bytes)
+                steps = _decode_in_slots(headed, rows, reader, rule, slots, max_tokens_per_batch)
+            else:
+                steps = decode_padded(
+                    headed.model,
+                    [row for its_rows in rows for row in its_rows],
+                    rule,
+                    pad_token_id=pad_token_id,
+                    context_length=context_length,
+                    max_tokens=_CACHED_TOKENS * max_tokens_per_batch,
+                )
+            num_finished = 0
+            for num_more in steps:
+                num_finished += num_more
+                if on_finished is not None and num_more:
+                    on_finished(num_finished)
     finally:
-        model.train(was_training)
-    return [Generated(tuple(row.tokens), row.ended) for row in rows]
+        headed.model.train(was_training)
+    return [[Generated(tuple(row.tokens), row.ended) for row in its_rows] for its_rows in rows]
 
 
-def _cache_argument(model: PreTrainedModel, arguments: frozenset[str]) -> str:
-    """The forward argument that takes a `DynamicCache`. Raises ConfigError where the state is kept elsewhere."""
-    names = [name for name in ("past_key_values", "cache_params") if name in arguments]
-    supports_cache: Any = model._supports_default_dynamic_cache
-    if not names or not supports_cache() or any(hasattr(part, "_setup_cache") for part in model.children()):
+def _row(prompt: Sequence[int], seed: int, decoding: DecodingConfig, context_length: int | None) -> DecodedRow:
+    assert len(prompt) > 0, "a prompt without tokens"
+    room = decoding.max_new_tokens if context_length is None else context_length - len(prompt)
+    if room <= 0:
         raise ConfigError(
-            f"cannot generate with a model of type {model.config.model_type!r}",
-            why="it has no cache, or one of its own that a changing batch would spoil",
-            fix="choose an architecture with a key-value cache (gpt2, opt, llama, qwen2, …)",
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer",
+            why=f"the model's context is {context_length} tokens",
+            fix="lower dataset.max_prompt_tokens",
         )
-    return names[0]
+    size = decoding.no_repeat_ngram_size
+    return DecodedRow(prompt, seed, min(decoding.max_new_tokens, room), NoRepeatNgrams(size, prompt) if size else None)
 
 
-def _merge(batches: list[DecodingBatch]) -> DecodingBatch | None:
-    """The live batch and the admitted one, where there are both, as one; rows that are done leave when it pays."""
-    for batch in batches:
-        if len(batches) > 1 or batch.num_going < _DROP_BELOW * len(batch.rows):
-            batch.drop_done()
-    for other in batches[1:]:
-        batches[0].join(other)
-    return batches[0] if batches else None
+class _Prompts:
+    """Reads the prompts and no more."""
+
+    def __init__(self, headed: HeadedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._headed, self._prompts = headed, prompts
+
+    def num_tokens(self, prompt: int) -> int:
+        return len(self._prompts[prompt])
+
+    def read(self, prompts: Sequence[int], cache: Cache) -> Tensor:
+        rows = [self._prompts[prompt] for prompt in prompts]
+        batch = make_batch(map(str, prompts), rows, [range(len(row) - 1, len(row)) for row in rows], [])
+        return self._headed.hidden_states(batch.to(self._headed.model.device), cache)
 
 
-class _Decoder:
-    """What all batches of one call share: the model, how its forward is called, and the decoding rule."""
+def _make_slots(
+    headed: HeadedModel, rows: Sequence[Sequence[DecodedRow]], max_tokens: int, bytes_per_token: int
+) -> SlotCache:
+    """As many slots as the budget allows and the rows need; at least one prompt's rows can enter."""
+    every = [row for its_rows in rows for row in its_rows]
+    capacity = max((len(row.prompt) + row.limit for row in every), default=1)
+    num_tokens = max(_LITTLE_MEMORY // bytes_per_token, _CACHED_TOKENS * max_tokens)
+    num_slots = min(num_tokens, _MOST_CACHED_TOKENS * max_tokens) // capacity
+    if headed.model.device.type == "cpu":
+        num_slots = min(num_slots, _MOST_ROWS_ON_CPU)
+    most_answers = max((len(its_rows) for its_rows in rows), default=0)
+    return SlotCache(min(max(num_slots, most_answers), len(every)), capacity)
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        decoding: DecodingConfig,
-        eos_token_ids: frozenset[int],
-        pad_token_id: int,
-        context_length: int | None,
-        vocabulary_size: int | None,
-    ) -> None:
-        self.model, self.decoding, self.eos_token_ids = model, decoding, eos_token_ids
-        self.pad_token_id, self.context_length, self.vocabulary_size = pad_token_id, context_length, vocabulary_size
-        self.arguments = frozenset(inspect.signature(model.forward).parameters)
-        self.cache_name = _cache_argument(model, self.arguments)
 
-    def row(self, index: int, seed: int, prompt: Sequence[int]) -> DecodedRow:
-        assert len(prompt) > 0, "a prompt without tokens"
-        room = self.decoding.max_new_tokens if self.context_length is None else self.context_length - len(prompt)
-        if room <= 0:
-            raise ConfigError(
-                f"a prompt of {len(prompt)} tokens leaves no room for an answer",
-                why=f"the model's context is {self.context_length} tokens",
-                fix="lower dataset.max_prompt_tokens",
-            )
-        size = self.decoding.no_repeat_ngram_size
-        ngrams = NoRepeatNgrams(size, prompt) if size else None
-        return DecodedRow(index, seed, prompt, min(self.decoding.max_new_tokens, room), ngrams)
+def _decode_in_slots(
+    headed: HeadedModel,
+    rows: Sequence[Sequence[DecodedRow]],
+    reader: PromptReader,
+    rule: DecodingRule,
+    slots: SlotCache,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Decodes the rows of all prompts; yields how many finish, step by step.
 
-    def run(self, rows: Sequence[DecodedRow], budget: int) -> Iterator[list[DecodedRow]]:
-        """Decodes all rows; yields those that finish, step by step.
+    The longest prompts go first, so that memory runs out at once or never.
+    """
+    answered = [prompt for prompt, its_rows in enumerate(rows) if its_rows]
+    waiting = deque(sorted(answered, key=lambda prompt: (-reader.num_tokens(prompt), prompt)))
+    most_answers = max((len(its_rows) for its_rows in rows), default=0)
+    live: list[DecodedRow] = []  # live[i] is in slot i
+    inputs: list[int] = []  # their tokens that have not been read
+    enough = max(most_answers, int(_REFILL_ABOVE * slots.num_slots))  # free slots that call for new rows
+    while waiting or live:
+        while waiting and (not live or slots.num_slots - len(live) >= enough):
+            group = _take_group(waiting, rows, reader, max_tokens, slots.num_slots - len(live))
+            inputs += _enter(headed, group, rows, reader, rule, slots)
+            live += [row for prompt in group for row in rows[prompt]]
+            yield _let_go(live, inputs, slots)
+        if live:
+            inputs = rule.next_tokens(headed.head(slots.step(headed, inputs)), live)
+            yield _let_go(live, inputs, slots)
 
-        The longest prompts go first, so that memory runs out at once or never.
-        """
-        waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt), row.index)))
-        live: DecodingBatch | None = None
-        while waiting or live is not None:
-            admitted = self._admit(waiting, live, budget)
-            finished = self._step(admitted or live)
-            if finished:
-                yield finished
-            live = _merge([batch for batch in (live, admitted) if batch is not None and batch.num_going])
 
-    def _admit(self, waiting: deque[DecodedRow], live: DecodingBatch | None, budget: int) -> DecodingBatch | None:
-        """A batch of waiting rows to read the prompts of, where there is room for a good number of them."""
-        if not waiting or (live is not None and not live.joinable):
-            return None
-        going = [] if live is None else [row for row in live.rows if not row.done]
-        longest = max(row.most_tokens for row in [waiting[0], *going])
-        if going and len(going) > _REFILL_BELOW * (budget // longest):
-            return None
-        taken: list[DecodedRow] = []
-        while waiting and (not (going or taken) or (len(going) + len(taken) + 1) * longest <= budget):
-            taken.append(waiting.popleft())
-            if waiting:
-                longest = max(longest, waiting[0].most_tokens)
-        if not taken:
-            return None
-        return DecodingBatch(taken, self.model.config, device=self.model.device, pad_token_id=self.pad_token_id)
+def _take_group(
+    waiting: deque[int], rows: Sequence[Sequence[DecodedRow]], reader: PromptReader, max_tokens: int, free: int
+) -> list[int]:
+    """Takes the next prompts that fit one forward pass and whose rows fit the free slots; one at least.
 
-    def _step(self, batch: DecodingBatch | None) -> list[DecodedRow]:
-        """One more token for every row of the batch; returns the rows that finish with it."""
-        assert batch is not None, "where no batch is live, one is admitted"
-        logits_RV = self._forward(batch)
-        if self.decoding.no_repeat_ngram_size:
-            logits_RV = ban(logits_RV, [row.banned() for row in batch.rows])
-        draws_R = uniforms([row.seed for row in batch.rows], [len(row.tokens) for row in batch.rows])
-        tokens = choose(logits_RV, self.decoding, draws_R)
-        going = [(row, token) for row, token in zip(batch.rows, tokens, strict=True) if not row.done]
-        for row, token in going:
-            row.take(token, self.eos_token_ids)
-        batch.advance(tokens)
-        return [row for row, _ in going if row.done]
+    They come by length: neighbours in the slots attend together, to the columns of the longest.
+    """
+    longest = reader.num_tokens(waiting[0])
+    group: list[int] = []
+    while waiting and (not group or (len(group) + 1) * longest <= max_tokens):
+        free -= len(rows[waiting[0]])
+        if free < 0:
+            break
+        group.append(waiting.popleft())
+    return sorted(group, key=lambda prompt: len(rows[prompt][0].prompt))
 
-    def _forward(self, batch: DecodingBatch) -> Tensor:
-        """Logits of each row's next token, [R, V]."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "use_cache": True,
-            self.cache_name: batch.cache,
-        }
-        if self.cache_name == "cache_params" and batch.num_cached:
-            inputs["attention_mask"] = None  # a recurrent state holds no padding
-        if "position_ids" in self.arguments:  # GPT-2 counts padding as positions unless told otherwise
-            # above, the clamp is for rows that ended where the context ends and have not left yet
-            last = None if self.context_length is None else self.context_length - 1
-            inputs["position_ids"] = batch.position_ids.clamp(min=0, max=last)
-        if "logits_to_keep" in self.arguments:
-            inputs["logits_to_keep"] = 1
-        forward: Any = self.model
-        logits_RV: Tensor = forward(**inputs).logits[:, -1, : self.vocabulary_size]
-        return logits_RV
+
+def _enter(
+    headed: HeadedModel,
+    group: Sequence[int],
+    rows: Sequence[Sequence[DecodedRow]],
+    reader: PromptReader,
+    rule: DecodingRule,
+    slots: SlotCache,
+) -> list[int]:
+    """Reads a group of prompts and puts their rows into slots; returns the rows' first tokens."""
+    cache = DynamicCache(config=headed.model.config.get_text_config(decoder=True))
+    logits_PV = headed.head(reader.read(group, cache))
+    entering = [row for prompt in group for row in rows[prompt]]
+    sources = [place for place, prompt in enumerate(group) for _ in rows[prompt]]
+    slots.enter(cache, sources, [len(row.prompt) for row in entering])
+    return rule.next_tokens(logits_PV[torch.tensor(sources, device=logits_PV.device)], entering)
+
+
+def _let_go(live: list[DecodedRow], inputs: list[int], slots: SlotCache) -> int:
+    """Takes the rows that are done out of the slots and both lists; returns their number."""
+    done = [slot for slot, row in enumerate(live) if row.done]
+    for slot in reversed(done):  # from the end: the last row, which moves into the gap, is not done
+        slots.leave(slot)
+        live[slot], inputs[slot] = live[-1], inputs[-1]
+        live.pop()
+        inputs.pop()
+    return len(done)

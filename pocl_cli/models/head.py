@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pocl_cli.log import get_logger
 from pocl_cli.models import attention
@@ -102,19 +102,52 @@ class HeadedModel(nn.Module):
         """
         return self._causal and self.model.device.type == "cpu"
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """The final hidden states that predict the response tokens `[N, D]`, row after row."""
-        if self.packs:
-            return attention.packed_hidden_states(self.model.base_model, batch)
-        return self.padded_hidden_states(batch.padded())
+    def hidden_states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """The final hidden states that predict the response tokens `[N, D]`, row after row.
 
-    def padded_hidden_states(self, rows: PaddedRows) -> Tensor:
+        Args:
+            batch: the rows.
+            cache: an empty cache, which then holds the keys and values of every row from column 0 on.
+        """
+        if self.packs and cache is None:
+            return attention.packed_hidden_states(self.model.base_model, batch)
+        return self.padded_hidden_states(batch.padded(), cache)
+
+    def padded_hidden_states(self, rows: PaddedRows, cache: Cache | None = None) -> Tensor:
         """The same from rows side by side."""
         if self._causal:
-            return attention.padded_hidden_states(self.model.base_model, rows)
-        if self.head.projection is not None:
-            return _select(self.model.base_model, "last_hidden_state", rows)
-        return _select(self.model, "logits", rows)
+            return attention.padded_hidden_states(self.model.base_model, rows, cache)
+        return _select(self._states_module, self._states_name, rows, cache)
+
+    def next_states(
+        self, input_ids_R1: Tensor, attention_mask_R11C: Tensor, position_ids_R1: Tensor, cache: Cache
+    ) -> Tensor:
+        """The final hidden states `[R, D]` of one more token a row, after those in `cache`, which takes the token in.
+
+        Args:
+            input_ids_R1: the tokens.
+            attention_mask_R11C: True for the columns of the cache that a row sees, its new token's included.
+            position_ids_R1: the tokens' positions in their rows.
+            cache: keys and values of the rows' earlier tokens.
+        """
+        outputs = self._states_module(
+            input_ids=input_ids_R1,
+            attention_mask=attention_mask_R11C,
+            position_ids=position_ids_R1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states_R1D: Tensor = getattr(outputs, self._states_name)
+        return states_R1D[:, -1]
+
+    @property
+    def _states_module(self) -> nn.Module:
+        """What gives the hidden states: the backbone, or the whole model where its logits take their place."""
+        return self.model if self.head.projection is None else self.model.base_model
+
+    @property
+    def _states_name(self) -> str:
+        return "logits" if self.head.projection is None else "last_hidden_state"
 
 
 def split_model(model: PreTrainedModel) -> HeadedModel:
@@ -149,8 +182,13 @@ def _best_match(candidates: list[OutputHead], hidden_ND: Tensor, logits_NV: Tens
     return candidates[best] if differences[best] <= _tolerance(logits_NV) else None
 
 
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """Largest difference that rounding explains in a model of this dtype, as a fraction of the largest number."""
+    return _TOLERANCE[dtype]
+
+
 def _tolerance(expected: Tensor) -> float:
-    return _TOLERANCE[expected.dtype] * expected.abs().max().item()
+    return rounding_tolerance(expected.dtype) * expected.abs().max().item()
 
 
 def _largest_difference(logits_NV: Tensor, expected_NV: Tensor) -> float:
@@ -175,9 +213,12 @@ def _candidate_heads(model: PreTrainedModel, num_logits: int) -> Iterator[Output
             yield OutputHead(projection, num_logits, **scale, soft_cap=soft_cap)
 
 
-def _select(module: nn.Module, output: str, rows: PaddedRows) -> Tensor:
+def _select(module: nn.Module, output: str, rows: PaddedRows, cache: Cache | None = None) -> Tensor:
     """One output of the selected positions `[N, …]`."""
-    values_BLX: Tensor = getattr(module(input_ids=rows.input_ids_BL, use_cache=False), output)
+    arguments: dict[str, object] = {"input_ids": rows.input_ids_BL, "use_cache": cache is not None}
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    values_BLX: Tensor = getattr(module(**arguments), output)
     return values_BLX.flatten(0, 1).index_select(0, rows.selected_N)
 
 

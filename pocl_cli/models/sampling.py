@@ -1,11 +1,12 @@
 """From logits to the next token: the no-repeat rule, temperature, top-k, top-p, and one draw per row.
 
-Shapes: R rows, V vocabulary. A row's draws come from a stream of its own, so its tokens do not depend on the
-rows that it is decoded with (beyond the rounding of the logits).
+Shapes: R rows, V vocabulary, B blocks of T tokens. A row's draws come from a stream of its own, so its tokens do not
+depend on the rows that it is decoded with (beyond the rounding of the logits).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pocl_cli.schema import DecodingConfig
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the increment of SplitMix64
+_BLOCK = 128  # tokens; about the square root of the usual vocabularies, where both levels are short
 
 
 def row_seed(seed: int, record_id: str, purpose: str) -> int:
@@ -73,15 +75,14 @@ class NoRepeatNgrams:
             self._last = (*self._last, token)[1 - self._size :]
 
 
-def ban(logits_RV: Tensor, banned: Sequence[Sequence[int]]) -> Tensor:
-    """`logits_RV` with each row's banned tokens at -inf (in a copy where any is banned)."""
+def ban_(logits_RV: Tensor, banned: Sequence[Sequence[int]]) -> None:
+    """Sets each row's banned tokens to -inf, in place."""
     rows = [row for row, tokens in enumerate(banned) for _ in tokens]
     if not rows:
-        return logits_RV
+        return
     columns = [token for tokens in banned for token in tokens]
-    device = logits_RV.device
-    index = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
-    return logits_RV.index_put(index, logits_RV.new_tensor(float("-inf")))
+    index = (torch.tensor(rows, device=logits_RV.device), torch.tensor(columns, device=logits_RV.device))
+    logits_RV.index_put_(index, logits_RV.new_tensor(float("-inf")))
 
 
 def keep_top_k(logits_RV: Tensor, k: int) -> Tensor:
@@ -119,17 +120,41 @@ def choose(logits_RV: Tensor, decoding: DecodingConfig, uniforms_R: NDArray[np.f
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     if decoding.sampling_temperature == 0:
         best_R, tokens_R = logits_RV.max(dim=-1)
-        _refuse_non_finite(best_R)
-        return [int(token) for token in tokens_R.tolist()]
-    logits_RV = keep_top_k(logits_RV / decoding.sampling_temperature, decoding.top_k)
-    logits_RV = keep_top_p(logits_RV, decoding.top_p)
-    cdf_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total_R1 = cdf_RV[:, -1:]
-    if not bool(torch.isfinite(total_R1).all()):
+        best, tokens = torch.stack([best_R.double(), tokens_R.double()]).tolist()  # one transfer from the device
+        if not all(map(math.isfinite, best)):
+            _refuse_non_finite(best_R)
+        return [int(token) for token in tokens]
+    if decoding.sampling_temperature != 1:
+        logits_RV = logits_RV / decoding.sampling_temperature
+    logits_RV = keep_top_p(keep_top_k(logits_RV, decoding.top_k), decoding.top_p)
+    probs_RV = logits_RV.softmax(dim=-1)
+    tokens = [int(token) for token in _inverse_cdf(probs_RV, uniforms_R).tolist()]
+    if max(tokens) >= probs_RV.shape[-1]:  # NaN: no sum exceeds the target
         _refuse_non_finite(logits_RV.amax(dim=-1))
-    target_R1 = torch.from_numpy(uniforms_R).to(cdf_RV.device).unsqueeze(-1) * total_R1
-    tokens_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)  # first token whose cumulated mass exceeds the target
-    return [int(token) for token in tokens_R1.squeeze(-1).tolist()]
+    return tokens
+
+
+def _inverse_cdf(probs_RV: Tensor, uniforms_R: NDArray[np.float64]) -> Tensor:
+    """The first token of each row whose cumulated probability exceeds its number; V or more where there are NaNs.
+
+    First the block of `_BLOCK` tokens, then the token inside: sums in float64 over the whole vocabulary would cost as
+    much as a good part of the model. Only the sums inside a block are in the precision of the probabilities.
+    """
+    num_tokens = probs_RV.shape[-1]
+    num_whole = num_tokens // _BLOCK
+    sums_RB = probs_RV[:, : num_whole * _BLOCK].unflatten(-1, (num_whole, _BLOCK)).sum(dim=-1)
+    rest_R1 = probs_RV[:, num_whole * _BLOCK :].sum(dim=-1, keepdim=True)
+    cdf_RB = torch.cat([sums_RB, rest_R1], dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target_R1 = torch.from_numpy(uniforms_R).to(cdf_RB.device).unsqueeze(-1) * cdf_RB[:, -1:]
+    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True)
+    before_R1 = torch.nn.functional.pad(cdf_RB, (1, 0)).gather(-1, block_R1.clamp(max=num_whole))
+    tokens_RT = block_R1 * _BLOCK + torch.arange(_BLOCK, device=probs_RV.device)
+    inside_RT = probs_RV.gather(-1, tokens_RT.clamp(max=num_tokens - 1)).double() * (tokens_RT < num_tokens)
+    cdf_RT = inside_RT.cumsum(dim=-1)
+    place_R1 = torch.searchsorted(cdf_RT, target_R1 - before_R1, right=True)
+    # The block's sum may be larger than the exact one by a rounding: then it is the last token that is possible.
+    last_R1 = torch.searchsorted(cdf_RT, cdf_RT[:, -1:].contiguous())
+    return (block_R1 * _BLOCK + torch.minimum(place_R1, last_R1)).squeeze(-1)
 
 
 def _refuse_non_finite(best_R: Tensor) -> None:

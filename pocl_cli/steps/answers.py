@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocl_cli.models.generate import generate
 from pocl_cli.models.sampling import row_seed
 from pocl_cli.models.vocabulary import num_real_tokens
+from pocl_cli.training.measure import measure_and_generate
 
 if TYPE_CHECKING:
     from pocl_cli.models.device import Hardware
+    from pocl_cli.models.generate import Generated
+    from pocl_cli.models.head import HeadedModel
     from pocl_cli.models.load import LoadedModel
-    from pocl_cli.records import TokenisedRow
+    from pocl_cli.records import ScoredRecord, TokenisedRow
     from pocl_cli.schema import DecodingConfig
 
 
@@ -26,17 +28,25 @@ class Answer:
     ended: bool
 
 
-def answer(
+def measure_and_answer(
+    headed: HeadedModel,
     loaded: LoadedModel,
     rows: Sequence[TokenisedRow],
     *,
     decoding: DecodingConfig,
-    seed: int,
+    seeds: Sequence[int],
     purpose: str,
     hardware: Hardware,
     advance: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """The model's answer to the prompt of each row, in order. A row draws from the stream of (seed, id, purpose)."""
+) -> tuple[list[ScoredRecord], list[list[Answer]]]:
+    """The cross entropy of each row's response, and the model's answers to its prompt; both in the order of the rows.
+
+    Args:
+        headed: `loaded.model`, taken apart.
+        seeds: each gives one answer a row; a row draws from the stream of (seed, id, purpose). The answers come
+            seed by seed, a list of all rows each.
+        advance: called with the number of answers that have just been finished.
+    """
     done = 0
 
     def on_finished(finished: int) -> None:
@@ -45,18 +55,24 @@ def answer(
             advance(finished - done)
         done = finished
 
-    with hardware.autocast():
-        generated = generate(
-            loaded.model,
-            [row.prompt_ids for row in rows],
-            seeds=[row_seed(seed, row.id, purpose) for row in rows],
-            decoding=decoding,
-            eos_token_ids=loaded.eos_token_ids,
-            pad_token_id=loaded.pad_token_id,
-            max_tokens_per_batch=4 * hardware.max_tokens_per_micro_batch,
-            context_length=loaded.context_length,
-            vocabulary_size=num_real_tokens(loaded.tokenizer),
-            on_finished=on_finished,
-        )
-    texts = loaded.tokenizer.batch_decode([list(one.token_ids) for one in generated], skip_special_tokens=True)
-    return [Answer(text, len(one.token_ids), one.ended) for text, one in zip(texts, generated, strict=True)]
+    measured, generated = measure_and_generate(
+        headed,
+        rows,
+        seeds=[[row_seed(seed, row.id, purpose) for seed in seeds] for row in rows],
+        decoding=decoding,
+        eos_token_ids=loaded.eos_token_ids,
+        context_length=loaded.context_length,
+        num_real_tokens=num_real_tokens(loaded.tokenizer),
+        pad_token_id=loaded.pad_token_id,
+        hardware=hardware,
+        on_finished=on_finished,
+    )
+    return measured, [
+        [_answer(its_answers[number], loaded) for its_answers in generated] for number in range(len(seeds))
+    ]
+
+
+def _answer(generated: Generated, loaded: LoadedModel) -> Answer:
+    text = loaded.tokenizer.decode(list(generated.token_ids), skip_special_tokens=True)
+    assert isinstance(text, str), "one answer is one text"
+    return Answer(text, len(generated.token_ids), generated.ended)

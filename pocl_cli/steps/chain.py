@@ -23,7 +23,7 @@ from pocl_cli.registry import describe
 from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 1, "evaluations": 1}
+VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pocl_cli.models.vocabulary import align_vocabularies, compare_tokenizers
 from pocl_cli.records import Stage, Subset
 from pocl_cli.schema import PoclConfig, TrainConfig
 from pocl_cli.steps import plan
-from pocl_cli.steps.answers import answer
+from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import StepResult, obtain
@@ -38,7 +38,6 @@ from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
-from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 
@@ -236,17 +235,16 @@ def _dev_figures(
     """Cross entropy and, by generation, ROUGE-L on the dev rows."""
     assert rows.dev is not None, "no dev rows"
     dev = [rows.dev.row(record_id) for record_id in rows.dev.ids]
-    measured = measure_cross_entropy(
+    measured, (answers,) = measure_and_answer(
         student.headed,
+        loaded,
         dev,
-        num_real_tokens=student.num_real_tokens,
-        pad_token_id=loaded.pad_token_id,
+        decoding=config.train.dev_decoding,
+        seeds=[config.train.seed],
+        purpose="dev",
         hardware=hardware,
     )
     num_tokens = sum(row.num_response_tokens for row in measured)
-    answers = answer(
-        loaded, dev, decoding=config.train.dev_decoding, seed=config.train.seed, purpose="dev", hardware=hardware
-    )
     scores = [rouge_l(one.text, rows.records[row.id].references) for row, one in zip(dev, answers, strict=True)]
     return {
         "dev_cross_entropy": math.fsum(row.cross_entropy * row.num_response_tokens for row in measured) / num_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,19 @@ from pocl_cli.log import progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
-from pocl_cli.models.vocabulary import num_real_tokens
-from pocl_cli.records import TokenisedRow
+from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DatasetConfig
-from pocl_cli.steps.answers import Answer, answer
+from pocl_cli.steps.answers import Answer, measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import commit_evaluation, evaluate_predictions, prediction_lines, report
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import tell_losses, tokenised_rows
-from pocl_cli.training.measure import measure_cross_entropy
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.work import Work
 
 # Rows that are answered and committed together; see training.shards.
-SHARD_ROWS = 256
+SHARD_ROWS = 128
 
 
 def run(run: Run) -> StepResult:
@@ -65,47 +64,70 @@ def _evaluate_dataset(
     tokenised = tokenised_rows(source.records, loaded.tokenizer, dataset, chain.config.paths.outputs)
     tell_losses(dataset.name, tokenised, (*source.dropped, *tokenised.dropped))
     rows = [tokenised.row(record_id) for record_id in tokenised.ids]
-    by_id = {record.id: record for record in source.records}
-    records = tuple(by_id[row.id] for row in rows)
-    measured = measure_cross_entropy(
-        split_model(loaded.model),
-        rows,
-        num_real_tokens=num_real_tokens(loaded.tokenizer),
-        pad_token_id=loaded.pad_token_id,
-        hardware=hardware,
-    )
+    all_records = {record.id: record for record in source.records}
+    records = tuple(all_records[row.id] for row in rows)
+    shards = _measured_in_shards(chain, dataset.name, rows, loaded, hardware, work.path / "shards" / dataset.name)
+    measured = {row.id: row for shard in shards for row in shard.measured}
     answers: dict[int | None, Sequence[ScoredAnswer]] = {}
     lines: list[dict[str, Any]] = []
-    with progress(f"{dataset.name}: answering", len(rows) * len(evaluation.seeds)) as advance:
-        for seed in evaluation.seeds:
-            folder = work.path / "shards" / f"{dataset.name}-{seed}"
-            texts: list[Answer] = []
-            for number, shard in enumerate(_shards(rows)):
-                texts += _answered(folder / f"{number:06d}.json", shard, loaded, evaluation.decoding, seed, hardware)
-                advance(len(shard))
-            by_row = dict(zip((row.id for shard in _shards(rows) for row in shard), texts, strict=True))
-            in_order = [by_row[row.id] for row in rows]
-            answers[seed] = score_answers(
-                records,
-                [one.text for one in in_order],
-                num_tokens=[one.num_tokens for one in in_order],
-                ended_with_eos=[one.ended for one in in_order],
+    for place, seed in enumerate(evaluation.seeds):
+        by_id = {row.id: one for shard in shards for row, one in zip(shard.measured, shard.answers[place], strict=True)}
+        in_order = [by_id[row.id] for row in rows]
+        answers[seed] = score_answers(
+            records,
+            [one.text for one in in_order],
+            num_tokens=[one.num_tokens for one in in_order],
+            ended_with_eos=[one.ended for one in in_order],
+        )
+        lines += prediction_lines(dataset.name, seed, records, [one.text for one in in_order], answers[seed])
+    return dataset_metrics(records, answers, measured_references=[measured[row.id] for row in rows]), lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What was measured of some rows: their references' cross entropy, and the answers, a list a seed."""
+
+    measured: Sequence[ScoredRecord]
+    answers: Sequence[Sequence[Answer]]
+
+
+def _measured_in_shards(
+    chain: Chain, name: str, rows: Sequence[TokenisedRow], loaded: LoadedModel, hardware: Hardware, folder: Path
+) -> list[_Shard]:
+    """Measures shard after shard, each written when it is whole; those of an interrupted run are read back."""
+    evaluation = chain.config.evaluation
+    headed = split_model(loaded.model)
+    found = []
+    with progress(f"{name}: answering", len(rows) * len(evaluation.seeds)) as advance:
+        for number, shard in enumerate(_shards(rows)):
+            path = folder / f"{number:06d}.json"
+            if path.exists():
+                found.append(_read(path))
+                advance(len(shard) * len(evaluation.seeds))
+                continue
+            measured, answers = measure_and_answer(
+                headed,
+                loaded,
+                shard,
+                decoding=evaluation.decoding,
+                seeds=evaluation.seeds,
+                purpose="evaluate",
+                hardware=hardware,
+                advance=advance,
             )
-            lines += prediction_lines(dataset.name, seed, records, [one.text for one in in_order], answers[seed])
-    return dataset_metrics(records, answers, measured_references=measured), lines
+            found.append(_Shard(measured, answers))
+            durable.write_json(path, asdict(found[-1]))
+    return found
+
+
+def _read(path: Path) -> _Shard:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return _Shard(
+        [ScoredRecord(**row) for row in values["measured"]],
+        [[Answer(**one) for one in of_seed] for of_seed in values["answers"]],
+    )
 
 
 def _shards(rows: Sequence[TokenisedRow]) -> list[list[TokenisedRow]]:
     every = sorted(rows, key=lambda row: (len(row.prompt_ids), row.id))
     return [every[start : start + SHARD_ROWS] for start in range(0, len(every), SHARD_ROWS)]
-
-
-def _answered(
-    path: Path, shard: Sequence[TokenisedRow], loaded: LoadedModel, decoding: Any, seed: int, hardware: Hardware
-) -> list[Answer]:
-    """The answers of one shard, read back where an interrupted run made them."""
-    if path.exists():
-        return [Answer(**values) for values in json.loads(path.read_text())]
-    answers = answer(loaded, shard, decoding=decoding, seed=seed, purpose="evaluate", hardware=hardware)
-    durable.write_json(path, [{"text": one.text, "num_tokens": one.num_tokens, "ended": one.ended} for one in answers])
-    return answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,12 +22,11 @@ from pocl_cli.models.load import check_context, load_model, load_tokenizer, read
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DecodingConfig, PoclConfig
-from pocl_cli.steps.answers import answer
+from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
-from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.shards import in_shards
 
@@ -150,24 +150,12 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
     headed = split_model(loaded.model)
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
-        measured = measure_cross_entropy(
-            headed,
-            shard,
-            num_real_tokens=num_real_tokens(loaded.tokenizer),
-            pad_token_id=loaded.pad_token_id,
-            hardware=hardware,
+        measured, (answers,) = measure_and_answer(
+            headed, loaded, shard, decoding=decoding, seeds=[config.score.seed], purpose="score", hardware=hardware
         )
         _refuse_non_finite(measured, "student")
-        answers = answer(loaded, shard, decoding=decoding, seed=config.score.seed, purpose="score", hardware=hardware)
         return [
-            ScoredRecord(
-                row.id,
-                row.num_prompt_tokens,
-                row.num_response_tokens,
-                row.cross_entropy,
-                one.text,
-                rouge_l(one.text, rows.records[row.id].references),
-            )
+            replace(row, generation=one.text, rouge_l=rouge_l(one.text, rows.records[row.id].references))
             for row, one in zip(measured, answers, strict=True)
         ]
 

@@ -1,12 +1,15 @@
-"""Cross entropy of given responses under a model, row by row."""
+"""Cross entropy of given responses under a model, row by row; alone, or in one pass with the model's own answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from transformers import Cache
 
+from pocl_cli.models.generate import Generated, generate
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.training.objective import collate, cross_entropy_per_token, tokens_per_chunk
 from pocl_cli.training.sampler import micro_batches
@@ -14,6 +17,7 @@ from pocl_cli.training.sampler import micro_batches
 if TYPE_CHECKING:
     from pocl_cli.models.device import Hardware
     from pocl_cli.models.head import HeadedModel
+    from pocl_cli.schema import DecodingConfig
 
 
 @torch.no_grad()
@@ -22,7 +26,6 @@ def measure_cross_entropy(
     rows: Sequence[TokenisedRow],
     *,
     num_real_tokens: int,
-    pad_token_id: int,
     hardware: Hardware,
     advance: Callable[[int], None] | None = None,
 ) -> list[ScoredRecord]:
@@ -32,21 +35,101 @@ def measure_cross_entropy(
     """
     was_training = headed.training
     headed.eval()
-    measured: dict[str, ScoredRecord] = {}
+    reader = _ScoringReader(headed, rows, num_real_tokens, hardware)
+    place = {row.id: number for number, row in enumerate(rows)}
     for group in micro_batches(rows, hardware.max_tokens_per_micro_batch, packs=headed.packs):
-        batch = collate(group).to(hardware.device)
-        with hardware.autocast():
-            ce_N = cross_entropy_per_token(
-                headed.hidden_states(batch),
-                headed.head,
-                batch.targets_N,
-                num_real_tokens=num_real_tokens,
-                chunk_tokens=tokens_per_chunk(headed.num_logits, hardware.objective_memory_mb, hardware.device),
-            )
-        lengths = [len(row.response_ids) for row in group]
-        for row, ce_n in zip(group, ce_N.cpu().double().split(lengths), strict=True):
-            measured[row.id] = ScoredRecord(row.id, len(row.prompt_ids), len(row.response_ids), float(ce_n.mean()))
+        reader.read([place[row.id] for row in group])
         if advance is not None:
             advance(len(group))
     headed.train(was_training)
-    return [measured[row.id] for row in rows]
+    return reader.measured
+
+
+@torch.no_grad()
+def measure_and_generate(
+    headed: HeadedModel,
+    rows: Sequence[TokenisedRow],
+    *,
+    seeds: Sequence[Sequence[int]],
+    decoding: DecodingConfig,
+    eos_token_ids: Collection[int],
+    context_length: int | None,
+    num_real_tokens: int,
+    pad_token_id: int,
+    hardware: Hardware,
+    on_finished: Callable[[int], None] | None = None,
+) -> tuple[list[ScoredRecord], list[list[Generated]]]:
+    """`measure_cross_entropy` of the rows and `generate` from their prompts; prompt and response are read in one pass.
+
+    The prompt's keys and values then serve the answers. Where the model cannot be decoded in slots, it reads twice.
+    """
+    reader = _ScoringReader(headed, rows, num_real_tokens, hardware)
+    with hardware.autocast():
+        answers = generate(
+            headed,
+            [row.prompt_ids for row in rows],
+            seeds=seeds,
+            decoding=decoding,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            max_tokens_per_batch=hardware.max_tokens_per_micro_batch,
+            context_length=context_length,
+            vocabulary_size=num_real_tokens,
+            reader=reader,
+            on_finished=on_finished,
+        )
+    if reader.is_complete:
+        return reader.measured, answers
+    measured = measure_cross_entropy(headed, rows, num_real_tokens=num_real_tokens, hardware=hardware)
+    return measured, answers
+
+
+class _ScoringReader:
+    """Reads prompts with their responses, and keeps the cross entropy of each response."""
+
+    def __init__(
+        self,
+        headed: HeadedModel,
+        rows: Sequence[TokenisedRow],
+        num_real_tokens: int,
+        hardware: Hardware,
+    ) -> None:
+        self._headed, self._rows, self._hardware = headed, rows, hardware
+        self._num_real_tokens = num_real_tokens
+        self._measured: dict[int, ScoredRecord] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has been read."""
+        return len(self._measured) == len(self._rows)
+
+    @property
+    def measured(self) -> list[ScoredRecord]:
+        """The cross entropy of every row, in order."""
+        return [self._measured[number] for number in range(len(self._rows))]
+
+    def num_tokens(self, prompt: int) -> int:
+        return self._rows[prompt].num_tokens
+
+    def read(self, prompts: Sequence[int], cache: Cache | None = None) -> Tensor:
+        """Measures these rows; returns the states that their responses' first tokens come from."""
+        group = [self._rows[number] for number in prompts]
+        batch = collate(group).to(self._hardware.device)
+        with self._hardware.autocast():
+            hidden_ND = self._headed.hidden_states(batch, cache)
+            ce_N = cross_entropy_per_token(
+                hidden_ND,
+                self._headed.head,
+                batch.targets_N,
+                num_real_tokens=self._num_real_tokens,
+                chunk_tokens=tokens_per_chunk(
+                    self._headed.num_logits, self._hardware.objective_memory_mb, self._hardware.device
+                ),
+            )
+        lengths = [len(row.response_ids) for row in group]
+        for number, row, ce_n in zip(prompts, group, ce_N.cpu().double().split(lengths), strict=True):
+            self._measured[number] = ScoredRecord(
+                row.id, len(row.prompt_ids), len(row.response_ids), float(ce_n.mean())
+            )
+        firsts = torch.tensor([0, *lengths[:-1]], device=hidden_ND.device).cumsum(dim=0)
+        return hidden_ND[firsts]

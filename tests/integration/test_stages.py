@@ -142,9 +142,7 @@ def cross_entropy_of(artifact: Artifact, run: Run) -> float:
     dev = training_rows(run.config, tokenizer).dev
     assert dev is not None
     rows = [dev.row(record_id) for record_id in dev.ids]
-    measured = measure_cross_entropy(
-        split_model(loaded), rows, num_real_tokens=len(tokenizer), pad_token_id=0, hardware=HARDWARE
-    )
+    measured = measure_cross_entropy(split_model(loaded), rows, num_real_tokens=len(tokenizer), hardware=HARDWARE)
     tokens = sum(row.num_response_tokens for row in measured)
     return sum(row.cross_entropy * row.num_response_tokens for row in measured) / tokens
 

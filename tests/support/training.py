@@ -178,9 +178,7 @@ def make_job(
 def dev_figures(student: StudentWithObjective) -> dict[str, float]:
     """Figures of six dev rows that depend on the weights alone; `dev_rouge_l` is coarse, so that it ties."""
     dev = toy_rows(18)[12:]
-    measured = measure_cross_entropy(
-        student.headed, dev, num_real_tokens=student.num_real_tokens, pad_token_id=0, hardware=HARDWARE
-    )
+    measured = measure_cross_entropy(student.headed, dev, num_real_tokens=student.num_real_tokens, hardware=HARDWARE)
     mean = sum(row.cross_entropy for row in measured) / len(measured)
     return {"dev_rouge_l": float(round(40 - 5 * mean)), "dev_cross_entropy": mean}
 

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from pocl_cli.errors import ConfigError, NonFiniteError
 from pocl_cli.models.generate import Generated, generate
-from pocl_cli.models.sampling import row_seed
+from pocl_cli.models.head import split_model
+from pocl_cli.models.sampling import row_seed, uniforms
+from pocl_cli.models.slots import bytes_per_slot_token
 from pocl_cli.schema import DecodingConfig
 
 Tiny = Callable[..., PreTrainedModel]
@@ -25,16 +27,24 @@ def make_prompts(num_rows: int = 12, longest: int = 30) -> list[list[int]]:
 
 
 def run(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int] | None = None, **options: Any
+) -> list[Generated]:
+    """One answer to each prompt."""
+    seeds = seeds if seeds is not None else [row_seed(10, str(row), "test") for row in range(len(prompts))]
+    return [one for (one,) in run_seeds(model, prompts, [[seed] for seed in seeds], **options)]
+
+
+def run_seeds(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
     *,
     temperature: float = 0.0,
     ngram: int = 0,
     new_tokens: int = NEW_TOKENS,
     budget: int = 10**6,
-    seeds: Sequence[int] | None = None,
     **options: Any,
-) -> list[Generated]:
+) -> list[list[Generated]]:
     decoding = DecodingConfig(
         sampling_temperature=temperature,
         top_p=options.pop("top_p", 1.0),
@@ -43,8 +53,28 @@ def run(
         max_new_tokens=new_tokens,
     )
     settings = {"eos_token_ids": (), "pad_token_id": 0, "context_length": CONTEXT, **options}
-    seeds = seeds if seeds is not None else [row_seed(10, str(row), "test") for row in range(len(prompts))]
-    return generate(model, prompts, seeds=seeds, decoding=decoding, max_tokens_per_batch=budget, **settings)
+    headed = split_model(model)
+    return generate(headed, prompts, seeds=seeds, decoding=decoding, max_tokens_per_batch=budget, **settings)
+
+
+def plain_answer(
+    model: PreTrainedModel, prompt: Sequence[int], seed: int, ngram: int, ends: Sequence[int]
+) -> Generated:
+    """Sampling as it stands on paper: the whole sequence anew for each token, no batch, no cache, one long sum."""
+    tokens = list(prompt)
+    for step in range(min(NEW_TOKENS, CONTEXT - len(prompt))):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        grams = [tokens[at : at + ngram] for at in range(len(tokens) - ngram + 1)] if ngram else []
+        for gram in grams:
+            if gram[:-1] == tokens[len(tokens) - ngram + 1 :]:
+                logits[gram[-1]] = float("-inf")
+        cdf = logits.softmax(-1).cumsum(-1)
+        token = int((cdf <= uniforms([seed], [step])[0] * cdf[-1]).sum())
+        if token in ends:
+            return Generated(tuple(tokens[len(prompt) :]), True)
+        tokens.append(token)
+    return Generated(tuple(tokens[len(prompt) :]), False)
 
 
 def some_ends(model: PreTrainedModel, **options: Any) -> list[int]:
@@ -79,7 +109,7 @@ def test_generate_greedy_equals_transformers_token_for_token(tiny: Tiny, model_t
     assert any(one.ended for one in expected)
     assert any(not one.ended for one in expected)
     assert run(model, prompts, ngram=ngram, eos_token_ids=ends) == expected
-    assert run(model, prompts, ngram=ngram, eos_token_ids=ends, budget=120) == expected
+    assert run(model, prompts, ngram=ngram, eos_token_ids=ends, budget=15) == expected
 
 
 @pytest.mark.parametrize("ngram", [2, 6])
@@ -95,6 +125,16 @@ def test_generate_with_the_no_repeat_rule_repeats_no_ngram_of_prompt_and_answer(
     assert repeats == [True, False]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "mistral", "gpt_neo"])
+def test_generate_sampled_tokens_equal_those_of_a_plain_loop(tiny: Tiny, model_type: str) -> None:
+    model, prompts = tiny(model_type).double(), [[3] * 60, *make_prompts(9)]
+    ends = some_ends(model, temperature=1.0, ngram=2)
+    seeds = [row_seed(10, str(row), "test") for row in range(len(prompts))]
+    expected = [plain_answer(model, prompt, seed, 2, ends) for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert {one.ended for one in expected} == {False, True}
+    assert run(model, prompts, temperature=1.0, ngram=2, eos_token_ids=ends, budget=12, seeds=seeds) == expected
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "mistral", "falcon_h1"])
 def test_generate_sampled_tokens_do_not_depend_on_batching_or_order(tiny: Tiny, model_type: str) -> None:
     model, prompts = tiny(model_type).double(), make_prompts()
@@ -103,10 +143,50 @@ def test_generate_sampled_tokens_do_not_depend_on_batching_or_order(tiny: Tiny, 
     options["eos_token_ids"] = some_ends(model, **options)
     alone = run(model, prompts, budget=1, seeds=seeds, **options)
     assert len({len(one.token_ids) for one in alone}) > 3
-    for budget in (170, 10**6):  # with the small one, rows join a batch that is under way
+    for budget in (8, 60, 10**6):  # with the small ones, rows enter while others are under way
         assert run(model, prompts, budget=budget, seeds=seeds, **options) == alone
-    backwards = run(model, prompts[::-1], budget=130, seeds=seeds[::-1], **options)
+    backwards = run(model, prompts[::-1], budget=15, seeds=seeds[::-1], **options)
     assert backwards[::-1] == alone
+
+
+@pytest.mark.parametrize("budget", [1, 12, 10**6])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_generate_with_several_seeds_a_prompt_gives_what_each_seed_gives_alone(
+    tiny: Tiny, model_type: str, budget: int
+) -> None:
+    model, prompts = tiny(model_type).double(), make_prompts(6)
+    seeds = [[row_seed(seed, str(row), "test") for seed in range(row % 4)] for row in range(6)]
+    ends = some_ends(model, temperature=1.0)
+    options: dict[str, Any] = {"temperature": 1.0, "ngram": 2, "eos_token_ids": ends}
+    together = run_seeds(model, prompts, seeds, budget=budget, **options)
+    assert [len(answers) for answers in together] == [0, 1, 2, 3, 0, 1]
+    alone = [
+        [run(model, [prompt], seeds=[seed], **options)[0] for seed in its_seeds]
+        for prompt, its_seeds in zip(prompts, seeds, strict=True)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "qwen2", "smollm3", "deepseek_v3"])
+def test_model_whose_columns_mean_nothing_then_is_decoded_in_slots(tiny: Tiny, model_type: str) -> None:
+    assert bytes_per_slot_token(split_model(tiny(model_type)))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3", "gpt_neo", "falcon_h1", "recurrent_gemma"])
+def test_model_with_windows_or_recurrent_states_then_is_not_decoded_in_slots(tiny: Tiny, model_type: str) -> None:
+    assert bytes_per_slot_token(split_model(tiny(model_type))) is None
+
+
+def test_generate_when_it_ends_or_fails_leaves_the_model_as_it_was(tiny: Tiny) -> None:
+    model = tiny("gpt2")
+    split_model(model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    run(model, make_prompts(3))
+    model.transformer.wte.weight.data[3] = float("nan")
+    with pytest.raises(NonFiniteError):
+        run(model, make_prompts(3))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_generate_with_another_seed_gives_other_tokens(tiny: Tiny) -> None:
@@ -182,15 +262,18 @@ def test_generate_reports_the_number_of_finished_rows(tiny: Tiny) -> None:
     assert reported[-1] == 12
 
 
-def test_generate_when_rows_end_early_lets_waiting_rows_take_their_places(tiny: Tiny) -> None:
+def test_generate_when_rows_end_lets_waiting_ones_enter_at_once(tiny: Tiny) -> None:
     model, prompts = tiny("llama"), [*([3] * 60 for _ in range(3)), *([4] * 5 for _ in range(5))]
-    sizes: list[int] = []
-    model.register_forward_hook(lambda module, args, output: sizes.append(len(output.logits)))
-    run(model, prompts, budget=4 * CONTEXT)
-    # 4 steps until the context ends the three long rows; then the 4 waiting rows join the one that goes on.
-    assert sizes[:4] == [4] * 4
-    assert max(sizes[4:]) == 5
-    assert len(sizes) <= 4 + NEW_TOKENS + 1
+    sizes: list[tuple[int, ...]] = []
+
+    def note(module: object, args: object, inputs: dict[str, Any]) -> None:
+        sizes.append(tuple(inputs["input_ids"].shape))
+
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    run(model, prompts, budget=CONTEXT // 4)
+    # Four slots, 16 tokens in a pass. The context ends the long rows after 4 tokens, the first of them from the prompt.
+    assert [size for size in sizes if size[1] > 1][-6:] == [*[(1, 60)] * 3, (1, 5), (3, 5), (1, 5)]
+    assert [rows for rows, columns in sizes if columns == 1][-22:] == [4] * 14 + [1] * 8
 
 
 def test_generate_without_prompts_gives_nothing(tiny: Tiny) -> None:

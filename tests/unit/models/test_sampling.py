@@ -9,7 +9,7 @@ from scipy import stats
 from transformers import NoRepeatNGramLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from pocl_cli.errors import ConfigError, NonFiniteError
-from pocl_cli.models.sampling import NoRepeatNgrams, ban, choose, keep_top_k, keep_top_p, row_seed, uniforms
+from pocl_cli.models.sampling import NoRepeatNgrams, ban_, choose, keep_top_k, keep_top_p, row_seed, uniforms
 from pocl_cli.schema import DecodingConfig
 
 LOGITS = [2.0, -1.0, 0.5, 1.5, float("-inf"), 0.0, -3.0, 1.0]
@@ -91,16 +91,40 @@ def test_choose_with_logits_that_are_not_finite_is_refused(bad: float, temperatu
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_choose_with_every_token_banned_is_refused(temperature: float) -> None:
-    banned = ban(torch.zeros(2, 3), [[], [0, 1, 2]])
+    banned = torch.zeros(2, 3)
+    ban_(banned, [[], [0, 1, 2]])
     with pytest.raises(ConfigError, match="no_repeat_ngram_size"):
         choose(banned, decoding(sampling_temperature=temperature), np.array([0.5, 0.5]))
 
 
-def test_ban_leaves_the_given_logits_as_they_are() -> None:
+def test_ban_of_some_tokens_then_only_they_become_impossible() -> None:
     logits = torch.zeros(2, 4)
-    banned = ban(logits, [[1, 3], []])
-    assert banned.isneginf().tolist() == [[False, True, False, True], [False] * 4]
-    assert not logits.isneginf().any()
+    ban_(logits, [[1, 3], []])
+    assert logits.isneginf().tolist() == [[False, True, False, True], [False] * 4]
+
+
+@pytest.mark.parametrize("num_tokens", [5, 127, 128, 129, 1000])
+def test_choose_from_any_vocabulary_then_takes_the_first_token_whose_cumulated_probability_exceeds_the_draw(
+    num_tokens: int,
+) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = torch.randn(300, num_tokens, generator=generator, dtype=torch.float64) * 3
+    logits[:, ::3] = float("-inf")
+    draws = uniforms(range(300), [0] * 300)
+    plain = (logits.softmax(-1).cumsum(-1) <= torch.from_numpy(draws)[:, None]).sum(-1).tolist()
+    assert choose(logits, decoding(), draws) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choose_at_the_end_of_a_block_whose_sum_was_rounded_takes_a_possible_token(dtype: torch.dtype) -> None:
+    # Draws close to the borders of the blocks of 128; every second token is impossible.
+    logits = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, 1::2] = float("-inf")
+    borders = logits.float().softmax(-1).unflatten(-1, (8, 128)).sum(-1).double().cumsum(-1)[0]
+    draws = np.concatenate([borders.numpy()[:-1] + shift for shift in np.linspace(-1e-7, 1e-7, 41)])
+    chosen = choose(logits.expand(len(draws), -1), decoding(), draws)
+    assert all(token % 2 == 0 for token in chosen)
+    assert len(set(chosen)) > 8
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 50])
