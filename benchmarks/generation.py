@@ -7,15 +7,15 @@ Scoring: the cross entropy of the responses and one near-greedy answer a row. Ev
 each of five seeds. The plain use takes batches of 16 rows in the order of the file: a padded pass for the cross
 entropy, and `generate`, which goes on until the batch's longest answer ends.
 
-Standard output has one JSON line a measurement; the table comes last, on standard error. Exit code 1: the two sides
-disagree about the cross entropy, about greedy answers (in float64), or about the mean length of the sampled ones.
+Standard output has the JSON lines of a table, which comes last, on standard error. OMP_NUM_THREADS sets the threads.
+Exit code 1: the two sides disagree about the cross entropy, about greedy answers (in float64), or about the mean
+length of the sampled ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import random
 import statistics
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import results
 from pocl_cli import tables
 from pocl_cli.errors import DataError, PoclError, ResourceError
 from pocl_cli.records import TokenisedRow
@@ -106,9 +107,9 @@ def main(arguments: Sequence[str]) -> int:
     for task in options.tasks:
         for formulation in ("reference", "ours"):
             found.append(in_fresh_process(measure, task, formulation, options))
-            print(json.dumps(dataclasses.asdict(found[-1])), flush=True)
+            print(f"{task}, {formulation}: {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     pairs = list(zip(found[::2], found[1::2], strict=True))
-    show(pairs, options.repeats)
+    show(pairs, options)
     wrong += [problem for reference, ours in pairs for problem in disagreements(reference, ours)]
     if wrong:
         print(f"the two sides disagree: {'; '.join(wrong)}", file=sys.stderr)
@@ -285,7 +286,6 @@ def _case(options: argparse.Namespace) -> Case:
     from pocl_cli.models.source import ModelSource
     from pocl_cli.models.vocabulary import num_real_tokens
 
-    torch.set_num_threads(options.num_threads)
     if options.model is not None:
         check_model_folder(options.model)
     # Every process makes the small model anew from one seed: nothing is written, and the weights are the same.
@@ -343,10 +343,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-rows", type=int, default=32, help="rows (32)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (64)")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats (3)")
-    parser.add_argument("--num-threads", type=int, default=1, help="threads (1)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: both")
     options = parser.parse_args(arguments)
-    for name in ("num_rows", "max_new_tokens", "repeats", "num_threads"):
+    for name in ("num_rows", "max_new_tokens", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.rows is not None and options.model is None:
@@ -367,21 +366,34 @@ def disagreements(reference: Measurement, ours: Measurement) -> list[str]:
     return found
 
 
-def show(pairs: Sequence[tuple[Measurement, Measurement]], repeats: int) -> None:
-    """Draws two lines a task; the ratio is of tokens per second of CPU time, ours divided by the reference's."""
-    rows: list[Sequence[object]] = []
-    for reference, ours in pairs:
-        speeds = [one.num_tokens / one.cpu_seconds for one in (reference, ours)]
-        for one, speed, ratio in zip((reference, ours), speeds, (None, speeds[1] / speeds[0]), strict=True):
-            figures = [one.seconds, one.cpu_seconds, one.num_tokens, one.mean_length, speed, ratio]
-            rows.append([one.task, one.formulation, *figures])
+def show(pairs: Sequence[tuple[Measurement, Measurement]], options: argparse.Namespace) -> None:
+    """Prints and draws two rows a task; the ratio is of tokens per second of wall time, ours divided by the plain."""
+    table = "generation" + ("" if options.model is None else f"-{options.model.name}-{options.layers or 'all'}-layers")
     first = pairs[0][0]
     title = (
-        f"{first.num_rows} rows; threads: {first.num_threads}; medians of {repeats}; "
-        "ratio = ours / reference, in tokens per second of CPU time"
+        f"Scoring {first.num_rows} rows, and answering them with {len(SEEDS['evaluate'])} seeds; at most "
+        f"{options.max_new_tokens} new tokens, medians of {options.repeats}; ratio = ours / reference, in tokens/s"
     )
-    figures = ["s wall", "s CPU", "tokens", "mean length", "tokens/s CPU", "ratio"]
-    tables.results_table(title, ["task", "formulation", *figures], rows)
+    results.print_about(table, title, num_threads=first.num_threads)
+    drawn: list[dict[str, object]] = []
+    for pair in pairs:
+        speeds = [one.num_tokens / one.seconds for one in pair]
+        for one, speed, ratio in zip(pair, speeds, (None, speeds[1] / speeds[0]), strict=True):
+            drawn.append(
+                {
+                    "task": one.task,
+                    "formulation": one.formulation,
+                    "seconds": one.seconds,
+                    "cpu_seconds": one.cpu_seconds,
+                    "tokens": one.num_tokens,
+                    "mean_length": one.mean_length,
+                    "cross_entropy": one.cross_entropy,
+                    "tokens/s": speed,
+                    "ratio": ratio,
+                }
+            )
+            results.print_row(table, **drawn[-1])
+    tables.results_table(title, [results.heading(one) for one in drawn[0]], [list(row.values()) for row in drawn])
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
     python benchmarks/partition.py                                          a thousand rows to ten million
     python benchmarks/partition.py --rows 1000000 --difficulty rouge_l      one size, another difficulty
 
-Standard output has one JSON line a measurement; the table comes last, on standard error.
+Standard output has the JSON lines of a table, which comes last, on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import shlex
@@ -23,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import results
 from pocl_cli import tables
 from pocl_cli.errors import ArtifactError, PoclError
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     for num_rows in options.rows:
         with tempfile.TemporaryDirectory(prefix="pocl-partition-") as folder:
             found.append(measure(num_rows, options.difficulty, Path(folder)))
-        print(json.dumps(dataclasses.asdict(found[-1])), flush=True)
+        print(f"{num_rows} rows: {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     show(found)
     return 0
 
@@ -209,11 +209,22 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def show(found: Sequence[Measurement]) -> None:
-    """Draws a line a size."""
+    """Prints and draws a row a size."""
     title = f"pocl partition difficulty={found[0].difficulty}: a whole command, {found[0].num_cores} cores"
-    columns = ["rows", "s wall", "s CPU", "peak GB", "scores GB"]
-    rows = [[one.num_rows, one.seconds, one.cpu_seconds, one.peak_gb, one.scores_gb] for one in found]
-    tables.results_table(title, columns, rows)
+    results.print_about(f"partition-{found[0].difficulty}", title)
+    drawn: list[dict[str, object]] = [
+        {
+            "rows": one.num_rows,
+            "seconds": one.seconds,
+            "cpu_seconds": one.cpu_seconds,
+            "peak_gb": one.peak_gb,
+            "scores_gb": one.scores_gb,
+        }
+        for one in found
+    ]
+    for row in drawn:
+        results.print_row(f"partition-{found[0].difficulty}", **row)
+    tables.results_table(title, [results.heading(one) for one in drawn[0]], [list(row.values()) for row in drawn])
 
 
 if __name__ == "__main__":

@@ -320,8 +320,8 @@ def test_partition_benchmark_at_two_sizes_then_has_a_line_and_a_table_row_of_eac
     ended = run_script("partition.py", "--rows", "50", "300", "--difficulty", "cross_entropy")
 
     assert ended.returncode == 0, ended.stderr
-    small, large = (json.loads(line) for line in ended.stdout.splitlines())
-    assert (small["num_rows"], large["num_rows"], large["difficulty"]) == (50, 300, "cross_entropy")
+    _, small, large = (json.loads(line) for line in ended.stdout.splitlines())
+    assert (small["rows"], large["rows"], large["table"]) == (50, 300, "partition-cross_entropy")
     assert large["scores_gb"] > small["scores_gb"]
     assert min(one[name] for one in (small, large) for name in ("seconds", "cpu_seconds", "peak_gb", "scores_gb")) > 0
     assert [line.split()[0] for line in ended.stderr.splitlines()[-2:]] == ["50", "300"]
