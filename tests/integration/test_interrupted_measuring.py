@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.steps import evaluate, score
+from pocl_cli.training import shards
 
 from ..support.recipe import recipe, write_inputs
 
@@ -52,7 +53,7 @@ def test_measuring_when_interrupted_then_goes_on_with_the_next_shard_and_ends_in
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: ModuleType
 ) -> None:
     name = step.__name__.rpartition(".")[2]
-    monkeypatch.setattr(step, "SHARD_ROWS", 8)
+    monkeypatch.setattr(shards if step is score else step, "SHARD_ROWS", 8)
     write_inputs(tmp_path / "inputs")
     rows = f"{{name: rows, path: {tmp_path}/inputs/rows.jsonl, max_tokens: 60, max_prompt_tokens: 48}}"
     changes = (*CHANGES[name], f"evaluation.datasets=[{rows}]")
