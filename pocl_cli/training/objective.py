@@ -30,7 +30,7 @@ BYTES_PER_LOGIT = 12
 # divergences keep of them, in float32. Measured: 49 bytes for jsd, 43 srkl, 40 sfkl, 28 fkl and rkl, 27 tvd, 20 sft.
 BYTES_PER_LOGIT_OF_TILE = 56
 
-# A CPU works about twice as fast on what its second-level cache holds, so a tile's tensors are of this many bytes each.
+# A CPU works faster on what its second-level cache holds, so the tensors of a tile are of this many bytes each.
 # Elsewhere a tile is the whole chunk: there, launching many small kernels would cost more.
 TILE_BYTES_ON_CPU = 2**20
 
