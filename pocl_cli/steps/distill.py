@@ -120,6 +120,7 @@ def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
         global_batch_size=config.global_batch_size,
         drop_last=config.drop_last,
         lr=config.lr,
+        lr_end=config.lr_end,
         max_steps=config.max_steps,
     )
 
