@@ -268,7 +268,9 @@ def _evaluate_dev(
     state = replace(state, dev_due=False)
     if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
         return state
-    written = checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
+    written = (
+        checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
+    )
     job.processes.barrier()
     sha256 = written or checkpoint.best_sha256(_checkpoints(job), state.step)
     return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))

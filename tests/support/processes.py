@@ -53,7 +53,9 @@ def die_at_operation(n: int) -> None:
     durable._fault_hook = hook
 
 
-def in_processes(size: int, folder: Path, action: Callable[[Processes], object], *, timeout_seconds: float = 30) -> None:
+def in_processes(
+    size: int, folder: Path, action: Callable[[Processes], object], *, timeout_seconds: float = 30
+) -> None:
     """Runs `action` in `size` forked processes that train together; all must come to its end."""
     if torch.cuda.is_available():
         pytest.skip("a process that has used autograd beside a GPU cannot fork")

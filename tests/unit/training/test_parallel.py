@@ -78,7 +78,9 @@ def test_losses_and_gradient_norms_when_two_processes_train_then_are_those_of_on
 ) -> None:
     def job(name: str, **changes: Any) -> TrainingJob:
         student = make_student("jsd", dtype=dtype)
-        return make_job(tmp_path / name, student=student, global_batch_size=3, evaluates=True, keep_best=True, **changes)
+        return make_job(
+            tmp_path / name, student=student, global_batch_size=3, evaluates=True, keep_best=True, **changes
+        )
 
     train(job("one"))
     together(2, tmp_path, lambda: job("two", max_tokens_per_micro_batch=micro_batch))
@@ -92,7 +94,9 @@ def test_losses_and_gradient_norms_when_two_processes_train_then_are_those_of_on
 
 def test_losses_and_gradient_norms_when_processes_have_no_row_then_are_those_of_one(tmp_path: Path) -> None:
     def job(name: str) -> TrainingJob:
-        return make_job(tmp_path / name, student=make_student(dtype=torch.float64), rows=toy_rows(6), global_batch_size=2)
+        return make_job(
+            tmp_path / name, student=make_student(dtype=torch.float64), rows=toy_rows(6), global_batch_size=2
+        )
 
     train(job("one"))
     together(3, tmp_path, lambda: job("three"))
