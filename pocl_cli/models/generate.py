@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pocl_cli import faults
 from pocl_cli.errors import ConfigError
 from pocl_cli.models.decoding_batch import DecodedRow, DecodingBatch
 from pocl_cli.models.sampling import NoRepeatNgrams, ban, choose, uniforms
@@ -169,6 +170,7 @@ class _Decoder:
     def _step(self, batch: DecodingBatch | None) -> list[DecodedRow]:
         """One more token for every row of the batch; returns the rows that finish with it."""
         assert batch is not None, "where no batch is live, one is admitted"
+        faults.reached("decode")
         logits_RV = self._forward(batch)
         if self.decoding.no_repeat_ngram_size:
             logits_RV = ban(logits_RV, [row.banned() for row in batch.rows])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pocl_cli import faults
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.training.objective import collate, cross_entropy_per_token, tokens_per_chunk
 from pocl_cli.training.sampler import micro_batches
@@ -34,6 +35,7 @@ def measure_cross_entropy(
     headed.eval()
     measured: dict[str, ScoredRecord] = {}
     for group in micro_batches(rows, hardware.max_tokens_per_micro_batch, packs=headed.packs):
+        faults.reached("measure", group[0].id)
         batch = collate(group).to(hardware.device)
         with hardware.autocast():
             ce_N = cross_entropy_per_token(
