@@ -103,7 +103,7 @@ class Work:
             created_at=now(),
             status="complete",
         )
-        durable.write_json(staged / MANIFEST, manifest.model_dump())
+        durable.write_json(staged / MANIFEST, manifest.sealed().model_dump())
         artifact = self._publish(staged)
         discard(self.path)
         return artifact

@@ -1,4 +1,4 @@
-"""SIGKILL at every event of all four commands, and at random moments: a rerun leaves the bytes of an undisturbed run."""
+"""SIGKILL at every event of all four commands, and at random moments: a rerun ends in an undisturbed run's bytes."""
 
 from __future__ import annotations
 

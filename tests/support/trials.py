@@ -12,7 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -57,12 +57,25 @@ class Ended:
 class Child:
     """A process that runs a command of the recipe in `folder`, with the fault of a `POCL_FAULT` where one is given."""
 
-    def __init__(self, folder: Path, step: str = "evaluate", fault: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: str = "evaluate",
+        fault: str | None = None,
+        *,
+        gate: int | None = None,
+        closes: int | None = None,
+        waits: bool = False,
+    ) -> None:
+        """`gate`: the reading end of a pipe; the work begins when its other end `closes`. `waits`: as `--wait`."""
         folder.mkdir(exist_ok=True)
-        self.run, self.folder, self.fault = composed(step), folder, fault
+        self.run, self.folder, self.fault, self.gate = replace(composed(step), waits=waits), folder, fault, gate
         self.stderr = folder / f"stderr-{time.monotonic_ns()}"
+        self._status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            if closes is not None:
+                os.close(closes)
             self._work()
 
     def _work(self) -> None:
@@ -78,6 +91,8 @@ class Child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             log._console = None
             faults.arm()
+            if self.gate is not None:
+                os.read(self.gate, 1)
             try:
                 dispatch.run_step(self.run)
                 code = 0
@@ -92,16 +107,22 @@ class Child:
         """Waits for the end. A child that is too slow is killed, and the test fails."""
         deadline, struck = time.monotonic() + within_seconds, None
         while time.monotonic() < deadline:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
+            if self.has_ended():
                 after = None if struck is None else time.monotonic() - struck
-                return Ended(os.waitstatus_to_exitcode(status), self._said(), after)
+                assert self._status is not None, "it has ended"
+                return Ended(os.waitstatus_to_exitcode(self._status), self._said(), after)
             if struck is None and self.fault is not None and "fault: " in self._said():
                 struck = time.monotonic()
             time.sleep(0.003)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         raise AssertionError(f"the command hung; it had said: {self._said()}")
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if done else None
+        return self._status is not None
 
     def _said(self) -> str:
         return self.stderr.read_text(encoding="utf-8", errors="replace") if self.stderr.exists() else ""
