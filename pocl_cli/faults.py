@@ -33,6 +33,10 @@ def _interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -45,6 +49,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "kill": _kill,
     "term": _terminate,
     "int": _interrupt,
+    "stop": _stop,
     "full": _fill_disk,
     "raise": _fail,
 }

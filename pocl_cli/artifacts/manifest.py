@@ -185,9 +185,9 @@ def _seal(content: Mapping[str, Any]) -> str:
 def _check_seal(folder: Path) -> None:
     """Raises ArtifactError where any byte of a sealed manifest is another than when it was written."""
     path = folder / MANIFEST
-    content = _read_json(path)
     with reported(path, "read"):
         text = path.read_bytes()
+    content = json.loads(text)
     if content.get("sha256") is not None and (content["sha256"] != _seal(content) or text != _text(content)):
         raise _damaged(folder, f"{path} has another content than when it was made (its sha256 differs)")
 

@@ -46,7 +46,7 @@ def test_artifacts_when_any_file_is_truncated_then_it_is_detected_before_it_is_r
     for artifact in visible(finished):
         for path in files_of(artifact):
             whole = path.read_bytes()
-            for size in sorted({0, 1, len(whole) // 2, len(whole) - 1} - {len(whole)}):
+            for size in sorted({0, 1, len(whole) // 2, len(whole) - 1} & set(range(len(whole)))):
                 path.write_bytes(whole[:size])
                 with pytest.raises(ArtifactError, match=path.name):
                     load(artifact)
@@ -58,7 +58,9 @@ def test_artifacts_when_any_file_is_truncated_then_it_is_detected_before_it_is_r
 
 def test_artifacts_when_a_thousand_bits_are_flipped_then_every_one_is_detected(finished: Path) -> None:
     draws = random.Random(0)
-    artifacts = {artifact: files_of(artifact) for artifact in sorted(visible(finished))}
+    artifacts = {
+        artifact: [path for path in files_of(artifact) if path.stat().st_size] for artifact in sorted(visible(finished))
+    }
     flipped: set[str] = set()
     for number in range(NUM_FLIPS):
         artifact = draws.choice(list(artifacts))

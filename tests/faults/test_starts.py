@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -77,13 +78,17 @@ def test_command_when_it_waits_for_another_then_both_succeed_and_the_work_is_don
 
 def test_command_when_the_one_it_waits_for_is_killed_then_it_takes_over(tmp_path: Path, reference: Reference) -> None:
     folder = tmp_path / "trial"
-    (step,) = reference.numbers("step")[20:21]
-    killed = Child(folder, fault=f"kill:any:{step}")
-    waiting = Child(folder, waits=True)
+    rerun(folder, "partition")
+    first = Child(folder, "distill", "stop:step:12")
+    first.has_said("fault: stop:step:12 ")
+    second = Child(folder, waits=True)
+    second.has_said("waiting for students/")
 
-    assert killed.ended().code == -9
-    ended = waiting.ended()
+    os.kill(first.pid, signal.SIGKILL)
 
+    assert first.ended().code == -signal.SIGKILL
+    ended = second.ended()
     assert ended.code == 0, ended.stderr
+    assert "resuming after step 10 " in ended.stderr, ended.stderr
     assert results(folder) == reference.results
-    rerun(folder)
+    check_nothing_is_left(folder)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,7 @@ class Child:
         try:
             os.chdir(self.folder)
             os.dup2(os.open(self.stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest's own goes elsewhere)
             os.environ.update(PATH="")  # no git: it takes longer than the rest of a commit
             os.environ.pop(faults.VARIABLE, None)
             if self.fault is not None:
@@ -90,6 +92,7 @@ class Child:
             signal.signal(signal.SIGTERM, cli._raise_interrupted)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             log._console = None
+            log.set_up_console_log()
             faults.arm()
             if self.gate is not None:
                 os.read(self.gate, 1)
@@ -117,6 +120,13 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         raise AssertionError(f"the command hung; it had said: {self._said()}")
+
+    def has_said(self, text: str, within_seconds: float = 60) -> None:
+        """Waits until it has written `text` on stderr."""
+        deadline = time.monotonic() + within_seconds
+        while text not in self._said():
+            assert time.monotonic() < deadline, f"the command has not said {text!r}, but: {self._said()}"
+            time.sleep(0.003)
 
     def has_ended(self) -> bool:
         if self._status is None:
