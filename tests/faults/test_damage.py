@@ -15,6 +15,7 @@ from pocl_cli.artifacts.manifest import load, verify
 from pocl_cli.errors import ArtifactError
 
 from ..support.folders import memory_folder
+from ..support.tally import trial
 from ..support.trials import OUTPUTS, attempt, rerun, results, visible
 from .conftest import Reference
 
@@ -48,7 +49,7 @@ def test_artifacts_when_any_file_is_truncated_then_it_is_detected_before_it_is_r
             whole = path.read_bytes()
             for size in sorted({0, 1, len(whole) // 2, len(whole) - 1} & set(range(len(whole)))):
                 path.write_bytes(whole[:size])
-                with pytest.raises(ArtifactError, match=path.name):
+                with trial("a truncated file: it is detected"), pytest.raises(ArtifactError, match=path.name):
                     load(artifact)
                 num_cut += 1
             path.write_bytes(whole)
@@ -69,7 +70,8 @@ def test_artifacts_when_a_thousand_bits_are_flipped_then_every_one_is_detected(f
         with path.open("r+b") as handle:
             byte = os.pread(handle.fileno(), 1, place)[0]
             os.pwrite(handle.fileno(), bytes([byte ^ 1 << bit]), place)
-            assert is_detected(artifact), f"flip {number}: bit {bit} of byte {place} of {path}"
+            with trial("a flipped bit: it is detected"):
+                assert is_detected(artifact), f"flip {number}: bit {bit} of byte {place} of {path}"
             os.pwrite(handle.fileno(), bytes([byte]), place)
         flipped.add(path.name)
     assert {"manifest.json", "model.safetensors", "partition.parquet", "scores.parquet", "metrics.json"} <= flipped

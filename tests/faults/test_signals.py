@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..support.tally import trial
 from ..support.trials import attempt, check_nothing_is_left, check_visible_is_whole, rerun, results
 from .conftest import Reference
 
@@ -72,17 +73,19 @@ def moments(numbers: list[int], num: int) -> list[int]:
 
 
 def check_signal(folder: Path, action: str, number: int, reference: Reference) -> None:
-    ended = attempt(folder, fault=f"{action}:any:{number}")
     expected = signal.SIGTERM if action == "term" else signal.SIGINT
-    assert ended.fault_struck, ended.stderr
-    assert ended.code == 128 + expected, ended.stderr
-    assert ended.seconds_after_fault is None or ended.seconds_after_fault < ENDS_WITHIN_SECONDS
-    assert ended.stderr.splitlines()[-1].startswith("pocl: error: interrupted — " + expected.name), ended.stderr
-    check_visible_is_whole(folder)
-    rerun(folder)
-    check_visible_is_whole(folder)
-    assert results(folder) == reference.results, f"{action} at event {number}"
-    check_nothing_is_left(folder)
+    code = 128 + expected
+    with trial(f"{expected.name} in a phase: exit {code} within 10 s, and the rerun ends in the same bytes"):
+        ended = attempt(folder, fault=f"{action}:any:{number}")
+        assert ended.fault_struck, ended.stderr
+        assert ended.code == code, ended.stderr
+        assert ended.seconds_after_fault is None or ended.seconds_after_fault < ENDS_WITHIN_SECONDS
+        assert ended.stderr.splitlines()[-1].startswith(f"pocl: error: interrupted — {expected.name}"), ended.stderr
+        check_visible_is_whole(folder)
+        rerun(folder)
+        check_visible_is_whole(folder)
+        assert results(folder) == reference.results, f"{action} at event {number}"
+        check_nothing_is_left(folder)
 
 
 def test_phases_when_listed_then_each_has_events_of_its_own(reference: Reference) -> None:

@@ -27,6 +27,8 @@ from pocl_cli.config import Run, compose_run, conf_dir
 from pocl_cli.errors import Interrupted
 from pocl_cli.steps import dispatch, distill, evaluate, partition, score
 
+from .tally import trial
+
 OUTPUTS = "outputs"
 # Clock readings; manifests hold the time and the command besides.
 PROMISED = ("*.safetensors", "metrics.jsonl", "consumed.parquet", "stages.json", "scores.parquet", "dropped.jsonl",
@@ -69,7 +71,7 @@ class Child:
         waits: bool = False,
     ) -> None:
         """`gate`: the reading end of a pipe; the work begins when its other end `closes`. `waits`: as `--wait`."""
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.run, self.folder, self.fault, self.gate = replace(composed(step), waits=waits), folder, fault, gate
         self.stderr = folder / f"stderr-{time.monotonic_ns()}"
         self._status: int | None = None
@@ -178,7 +180,8 @@ def check_visible_is_whole(folder: Path) -> None:
     """Whatever has an artifact's name is an artifact, with every file as its manifest says."""
     store = Store(folder / OUTPUTS)
     for path in visible(folder):
-        verify(store.resolve(path.name, [path.parent.name]))
+        with trial("an artifact that is visible after a fault: it is whole"):
+            verify(store.resolve(path.name, [path.parent.name]))
 
 
 def results(folder: Path) -> Mapping[str, str]:
