@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,6 +18,7 @@ from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.config import Run
+from pocl_cli.curriculum.audit import audit
 from pocl_cli.curriculum.stage_table import StageRow, stage_table
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
@@ -67,7 +69,8 @@ def run(run: Run) -> StepResult | None:
         # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────
         _check_models(chain)
         rows = training_rows(run.config, load_tokenizer(chain.student))
-        stages = run.config.curriculum(_subsets(chain, rows))
+        subsets = _subsets(chain, rows)
+        stages = run.config.curriculum(subsets)
         table = stages_of(run.config.train, stages)
         durable.write_json(work.path / "stages.json", table)
         tables.stage_table(table)
@@ -94,7 +97,15 @@ def run(run: Run) -> StepResult | None:
         if isinstance(student.teacher, StoredTeacher):
             get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
-        # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
+        # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────
+        consumed = audit(
+            pq.read_table(work.path / "consumed.parquet"),
+            stages,
+            table,
+            subsets,
+            global_batch_size=run.config.train.global_batch_size,
+            drop_last=run.config.train.drop_last,
+        )
         figures = _kept_dev_figures(work.path, job.settings.keep_best)
         _write_model(work, chain, loaded, table, figures)
         artifact = work.commit(
@@ -103,6 +114,7 @@ def run(run: Run) -> StepResult | None:
             command=run.command,
             seed=run.config.train.seed,
             extra=figures,
+            audit=consumed,
             exclude=["checkpoints", "consumed"],
         )
     tables.summary_panel(
