@@ -19,11 +19,12 @@ from pocl_cli.config import Run
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
+from pocl_cli.records import reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
+VERSIONS = {"scores": 3, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Chain:
         }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
+            if reads_teacher(difficulty.needs):
+                identity["teacher_scores"] = self.score_key("teacher").id
         else:
             identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
         slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"
