@@ -28,8 +28,10 @@ class Holder(NamedTuple):
 
 
 @contextmanager
-def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[int]:
     """Holds the lock file `path` for the length of the context; processes forked meanwhile hold it too.
+
+    Gives the file's descriptor: a program that is started with it keeps the lock held for as long as it lives.
 
     Args:
         path: the lock file. It is made, and removed when the lock is released.
@@ -45,7 +47,7 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     owner = os.getpid()
     try:
         _sign(descriptor, path)
-        yield
+        yield descriptor
     finally:
         # A forked child that leaves the context too must not take the lock from its parent.
         try:

@@ -122,7 +122,7 @@ class Store:
             durable.make_folder(folder)
         self.tidy()
         path = self._work_root / key.id
-        with lock.hold(self._lock_path(key.id), f"{key.kind}/{key.folder_name}", wait=wait):
+        with lock.hold(self._lock_path(key.id), f"{key.kind}/{key.folder_name}", wait=wait) as descriptor:
             self._check_folder(path)
             finished = self.find(key)
             if finished is not None:
@@ -133,7 +133,7 @@ class Store:
             durable.make_folder(path)
             durable.remove_temporaries(path, recursive=True, older_than_seconds=0)
             durable.remove_tree(path.with_name(f"{key.id}.staged"))
-            work = Work(path, key, self.outputs, sign(path, key, summary or {}), resumed=resumed)
+            work = Work(path, key, self.outputs, sign(path, key, summary or {}), resumed=resumed, lock=descriptor)
             with _dropped_where_empty(path):
                 yield work
 

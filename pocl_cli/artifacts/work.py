@@ -40,6 +40,7 @@ class Work:
         started_at: when the work began, before any interruption.
         resumed: an earlier run left something in `path`.
         finished: the artifact exists already (another process made it): there is nothing to do.
+        lock: the descriptor of the lock, for processes that this one starts.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Work:
     started_at: str
     resumed: bool = False
     finished: Artifact | None = None
+    lock: int | None = None
 
     def commit(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
+from pocl_cli.run import Run
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, score_answers
 from pocl_cli.log import progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
+from pocl_cli.run import Run
 from pocl_cli.data.rows import read_rows
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.errors import DataError

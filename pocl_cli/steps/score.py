@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
+from pocl_cli.run import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
