@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pocl_cli import __version__
@@ -79,11 +79,16 @@ def _dispatch(argv: Sequence[str]) -> None:
 
 def _exit_code(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _raise_interrupted)
+    return exit_code_of(lambda: _dispatch(argv), ended_by)
+
+
+def exit_code_of(action: Callable[[], object], tell: Callable[[BaseException], int]) -> int:
+    """0 where `action` comes to its end, else what `tell` makes of the exception that ended it."""
     try:
-        _dispatch(argv)
+        action()
         sys.stdout.flush()
     except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:
-        return ended_by(error)
+        return tell(error)
     return 0
 
 
@@ -102,7 +107,7 @@ def ended_by(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt):
         lines, code = ["interrupted — SIGINT — the same command goes on where it was"], 130
     else:
-        line, code = _unforeseen(error)
+        line, code = unforeseen(error)
         lines = [line]
     if os.environ.get("POCL_DEBUG") == "1":
         print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -111,7 +116,7 @@ def ended_by(error: BaseException) -> int:
     return code
 
 
-def _unforeseen(error: BaseException) -> tuple[str, int]:
+def unforeseen(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of what no module has put into words: the machine's fault, or ours."""
     frames = traceback.extract_tb(error.__traceback__)[-1:]
     place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "an unknown place"

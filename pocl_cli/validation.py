@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
+from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
 LOCAL = "local"
@@ -52,6 +53,18 @@ def validate(
     if errors:
         raise MultiConfigError(errors)
     return config
+
+
+def plain_values(config: PoclConfig) -> dict[str, Any]:
+    """A checked configuration as values that JSON holds; `from_plain_values` makes it again."""
+    families = {section: describe(getattr(config, section)) for section in FAMILIES}
+    return {**config.model_dump(mode="json", exclude=set(FAMILIES)), **families}
+
+
+def from_plain_values(values: Mapping[str, Any]) -> PoclConfig:
+    """The configuration that `plain_values` was given."""
+    families = {section: family.build(values[section]) for section, family in FAMILIES.items()}
+    return PoclConfig.model_validate({**values, **families})
 
 
 def preset_names(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, score_answers
 from pocl_cli.log import progress
@@ -17,6 +16,7 @@ from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_har
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
 from pocl_cli.records import ScoredRecord, TokenisedRow
+from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig
 from pocl_cli.steps.answers import Answer, measure_and_answer
 from pocl_cli.steps.chain import Chain

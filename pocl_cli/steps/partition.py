@@ -17,12 +17,12 @@ from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.artifacts.store import Store
-from pocl_cli.config import Run
 from pocl_cli.curriculum.partition import SUMMARISED, cut, partition_summary, sample_places
 from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
 from pocl_cli.difficulty.scores import IntArray, Scores
 from pocl_cli.log import get_logger
 from pocl_cli.records import Subset
+from pocl_cli.run import Run
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult, obtain
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.data.rows import read_rows
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.errors import DataError
 from pocl_cli.evaluation.metrics import ScoredAnswer, dataset_metrics, score_answers
 from pocl_cli.records import Record
+from pocl_cli.run import Run
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
@@ -21,6 +20,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
 from pocl_cli.records import ScoredRecord, TokenisedRow
+from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig, PoclConfig
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
