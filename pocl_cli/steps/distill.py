@@ -9,12 +9,13 @@ from pocl_cli.artifacts.manifest import difference
 from pocl_cli.log import get_logger
 from pocl_cli.models.load import check_context, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers
+from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.run import Run
-from pocl_cli.steps import plan, workers
+from pocl_cli.steps import plan
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult, obtain
-from pocl_cli.steps.train import train_student
-from pocl_cli.training.parallel import ALONE
+from pocl_cli.steps.train import Trained
 
 
 def run(run: Run) -> StepResult | None:
@@ -34,17 +35,14 @@ def run(run: Run) -> StepResult | None:
         _name_interrupted_neighbours(chain)
         started = time.perf_counter()
         _check_models(chain)
-        if run.config.hardware.num_processes > 1:
-            trained = workers.train_student(chain, work)
-        else:
-            trained = train_student(chain, work.path, ALONE)
+        trained = Trained(**do_part("train", chain, work))
         artifact = work.commit(
             config=run.resolved,
             inputs=inputs,
             command=run.command,
             seed=run.config.train.seed,
             extra=trained.figures,
-            exclude=["checkpoints", "consumed", workers.FOLDER],
+            exclude=["checkpoints", "consumed", FOLDER, LOCK],
         )
     tables.summary_panel(
         "distilled" if run.config.kd_method.needs_teacher else "trained",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -49,13 +49,16 @@ class Trained(NamedTuple):
     figures: dict[str, float]
 
 
-def train_student(chain: Chain, folder: Path, processes: Processes) -> Trained:
+def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
     """Trains the student of a chain and leaves its files in `folder`; where several processes train, all call this.
 
     Args:
         chain: its student has no artifact yet, everything upstream has.
         folder: the work folder, where an interrupted run has left its checkpoints.
         processes: those that train together.
+
+    Returns:
+        The fields of `Trained`.
 
     Raises:
         PoclError: the run cannot begin, or fails.
@@ -98,7 +101,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> Trained:
     if processes.is_first:
         _write_model(folder, chain, loaded, table, figures)
     processes.barrier()
-    return Trained(state.step, state.num_tokens, figures)
+    return Trained(state.step, state.num_tokens, figures)._asdict()
 
 
 def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:

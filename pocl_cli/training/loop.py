@@ -71,7 +71,7 @@ class TrainingJob:
     settings: LoopSettings
     folder: Path
     evaluate_dev: Callable[[], dict[str, float]] | None
-    track: Callable[[Mapping[str, Any], int], None]
+    track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
 
