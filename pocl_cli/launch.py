@@ -29,6 +29,7 @@ from pocl_cli.artifacts.disk import reported
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.mistakes import MultiConfigError
 from pocl_cli.redaction import scrub
+from pocl_cli.run import Run
 
 # From Hydra 1.4 on there is no other, and naming it is a warning.
 VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -170,7 +171,7 @@ def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig
     return job
 
 
-def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
+def _work(run: Run, hydra_config: HydraConf) -> dict[str, Any]:
     """Runs one step and prints the path of its artifact, the only thing on stdout."""
     from pocl_cli.steps import dispatch  # half a second that configuration errors do without
 

@@ -126,7 +126,7 @@ def join(rank: int, size: int, folder: Path, *, device: torch.device, timeout_se
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _in_touch():
-        store = dist.FileStore(str(folder / "rendezvous"), size)
+        store = dist.FileStore(str(folder / "rendezvous"), size)  # type: ignore[attr-defined]
         store.set_timeout(timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
