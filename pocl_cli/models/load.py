@@ -1,4 +1,7 @@
-"""From a source to a model and tokenizer in memory. Never runs code that a file names, never reads a pickle."""
+"""From a source to a model and tokenizer in memory. Never runs code that a file names, never reads a pickle.
+
+A source whose weights are pickled is converted first (`models.pickled`).
+"""
 
 from __future__ import annotations
 
@@ -174,6 +177,7 @@ def set_dropout(config: PreTrainedConfig, probability: float | None) -> None:
 
 def _load_weights(source: ModelSource, dtype: torch.dtype | str, dropout: float | None) -> PreTrainedModel:
     assert source.weights is not None, "a model made from nothing has no weights to load"
+    assert not source.pickled, "pickled weights are converted first"
     config = _read_config(source.weights, weights=True)
     set_dropout(config, dropout)
     name, options = _reference(source.weights, weights=True)

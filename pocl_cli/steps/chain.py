@@ -24,7 +24,7 @@ from pocl_cli.steps.result import obtain
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2}
+VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,6 @@ class Chain:
         if self.config.kd_method.needs_teacher:
             models["teacher"] = self._made(self.config.teacher)
         return self.config.model_copy(update={**models, "upstream": "require"})
-
-    def verify_students(self, *sources: ModelSource | None) -> None:
-        """Hashes the students made here again that are about to be loaded. Raises ArtifactError at a damaged one."""
-        for source in sources:
-            if source is not None and (made := source.identity.get("student")):
-                artifact = self.store.find(("students", str(made)))
-                if artifact is not None:
-                    self.store.verify(artifact)
 
     def _made(self, section: AnyModel) -> AnyModel:
         """The section with what its recipe makes, composed from that recipe alone, in the recipe's place."""
@@ -133,6 +125,10 @@ class Chain:
         }
         slug = f"{self._label('teacher')}-on-{self.config.dataset.name}-shard-{number:04d}"
         return self._key("teacher_signals", slug, identity)
+
+    def conversion_key(self, label: str, files: dict[str, str]) -> ArtifactKey:
+        """Pickled weights as safetensors, by the sha256 of the files of the model."""
+        return self._key("conversions", f"{label}-safetensors", {"files": files})
 
     @cached_property
     def partition_key(self) -> ArtifactKey:
@@ -203,7 +199,14 @@ class Chain:
 
     def _at(self, path: str) -> ModelSource:
         section = TeacherConfig(
-            name="evaluated", path=path, experiment=None, overrides=(), revision=None, dtype="auto", store=False
+            name="evaluated",
+            path=path,
+            experiment=None,
+            overrides=(),
+            revision=None,
+            dtype="auto",
+            allow_pickle=False,
+            store=False,
         )
         return resolve_teacher(section, self.store, hashes=self.hashes)
 

@@ -33,6 +33,7 @@ from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.parallel import Processes
@@ -77,7 +78,10 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
 
     # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
     loaded = load_model(
-        chain.student, device=hardware.device, dtype_override=torch.float32, dropout=config.student.dropout
+        loadable(chain, chain.student),
+        device=hardware.device,
+        dtype_override=torch.float32,
+        dropout=config.student.dropout,
     )
     student = _student(chain, loaded, rows, hardware)
     if processes.is_first:
