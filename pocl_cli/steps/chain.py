@@ -62,11 +62,24 @@ class Chain:
 
     @property
     def made(self) -> PoclConfig:
-        """The configuration of the same student once everything upstream exists: it names artifacts, and no recipe."""
-        models: dict[str, Any] = {"student": self._made(self.config.student)}
-        if self.config.kd_method.needs_teacher:
+        """The configuration of the same step once everything upstream exists: it names artifacts, and no recipe."""
+        models: dict[str, Any] = {"student": self._made(self.config.student)} if self._asks_student else {}
+        if self._asks_teacher:
             models["teacher"] = self._made(self.config.teacher)
         return self.config.model_copy(update={**models, "upstream": "require"})
+
+    @property
+    def _asks_student(self) -> bool:
+        """Whether the step depends on the student that these overrides address."""
+        return self.run.step != "evaluate" or self.config.evaluation.model in (None, "student")
+
+    @property
+    def _asks_teacher(self) -> bool:
+        if self.run.step == "score":
+            return "teacher" in self.measured
+        if self.run.step == "evaluate" and self.config.evaluation.model == "teacher":
+            return True
+        return self._asks_student and self.config.kd_method.needs_teacher
 
     def _made(self, section: AnyModel) -> AnyModel:
         """The section with what its recipe makes, composed from that recipe alone, in the recipe's place."""

@@ -23,6 +23,9 @@ Part: TypeAlias = Callable[["Chain", Path, Processes], dict[str, Any]]
 
 _PARTS = {
     "train": "pocl_cli.steps.train:train_student",
+    "score_student": "pocl_cli.steps.score:score_student",
+    "score_teacher": "pocl_cli.steps.score:score_teacher",
+    "answer": "pocl_cli.steps.evaluate:answer",
 }
 
 
