@@ -178,15 +178,17 @@ class HardwareConfig(Section):
     max_tokens_per_micro_batch: Annotated[int, Field(ge=1)] | None
     objective_memory_mb: Annotated[int, Field(ge=1)]
     num_processes: Annotated[int, Field(ge=1)]
+    num_nodes: Annotated[int, Field(ge=1)]
     parallel: Literal["none", "ddp"]
     timeout_seconds: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> HardwareConfig:
-        if self.num_processes > 1 and self.parallel == "none":
-            raise ValueError(f"num_processes is {self.num_processes}; set parallel=ddp, or num_processes=1")
-        if self.num_processes == 1 and self.parallel != "none":
-            raise ValueError(f"parallel={self.parallel} is for num_processes of 2 or more; set parallel=none")
+        several = f"num_processes={self.num_processes} on num_nodes={self.num_nodes}"
+        if self.num_processes * self.num_nodes > 1 and self.parallel == "none":
+            raise ValueError(f"{several} need parallel=ddp; parallel=none is for one process")
+        if self.num_processes * self.num_nodes == 1 and self.parallel != "none":
+            raise ValueError(f"parallel={self.parallel} is for several processes; set parallel=none")
         if self.num_processes > 1 and ":" in self.device:
             raise ValueError(f"device={self.device} is one device, and each process gets its own; set device=cuda")
         return self

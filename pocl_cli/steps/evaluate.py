@@ -87,7 +87,7 @@ def answer(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
 
     A shard is written when it is whole; those of an interrupted run are not answered again.
     """
-    hardware = set_up_hardware(chain.config.hardware, rank=processes.rank)
+    hardware = set_up_hardware(chain.config.hardware, rank=processes.local_rank)
     source, _ = chain.evaluated
     loaded = load_model(loadable(chain, source), device=hardware.device, dtype_override=None, dropout=None)
     sets = _test_sets(chain, loaded, folder / SHARDS)

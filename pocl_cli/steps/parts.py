@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from pocl_cli.errors import ConfigError
 from pocl_cli.processes.controller import run_together
 from pocl_cli.processes.job import Job
 from pocl_cli.training.parallel import ALONE, Processes
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.work import Work
+    from pocl_cli.processes.outer import Outer
     from pocl_cli.schema import HardwareConfig
     from pocl_cli.steps.chain import Chain
 
@@ -35,6 +38,28 @@ def find_part(name: str) -> Part:
     return part
 
 
+class Team(Protocol):
+    """Processes that are there already, and do parts together with this one."""
+
+    outer: Outer
+
+    def do(self, job: Job) -> dict[str, Any]: ...
+
+
+_team: Team | None = None
+
+
+@contextmanager
+def done_by(team: Team) -> Iterator[None]:
+    """Within it, `do_part` starts no processes of its own."""
+    global _team
+    _team = team
+    try:
+        yield
+    finally:
+        _team = None
+
+
 def do_part(name: str, chain: Chain, work: Work) -> dict[str, Any]:
     """Does a part of a step in as many processes as `hardware` says; what the first of them gives back.
 
@@ -43,19 +68,38 @@ def do_part(name: str, chain: Chain, work: Work) -> dict[str, Any]:
         Interrupted: SIGTERM or SIGINT came, and what there was to save is saved.
     """
     hardware = chain.config.hardware
+    if _team is not None:
+        return _team.do(_job(name, chain, work, launched_hardware(hardware, _team.outer)))
+    if hardware.num_nodes > 1:
+        raise ConfigError(
+            f"hardware.num_nodes={hardware.num_nodes}, and this command runs on one machine",
+            why="pocl starts processes on its own machine only",
+            fix=f"start it on every machine: torchrun --nnodes={hardware.num_nodes} … -m pocl_cli {chain.run.step} …",
+        )
     if hardware.num_processes == 1:
         return find_part(name)(chain, work.path, ALONE)
-    num_threads = hardware.num_threads or max(1, _num_cores() // hardware.num_processes)
-    config = chain.made.model_copy(update={"hardware": _with_threads(hardware, num_threads)})
+    hardware = _with_threads(hardware)
+    assert hardware.num_threads is not None, "the cores are shared out"
     return run_together(
-        Job.of(name, chain.run, config, work.path),
+        _job(name, chain, work, hardware),
         num_processes=hardware.num_processes,
-        num_threads=num_threads,
+        num_threads=hardware.num_threads,
         timeout_seconds=hardware.timeout_seconds,
     )
 
 
-def _with_threads(hardware: HardwareConfig, num_threads: int) -> HardwareConfig:
+def launched_hardware(hardware: HardwareConfig, outer: Outer) -> HardwareConfig:
+    """The section for processes that a launcher started: there are as many as it says."""
+    parallel = "ddp" if hardware.parallel == "none" else hardware.parallel
+    return _with_threads(hardware.model_copy(update={"num_processes": outer.local_size, "parallel": parallel}))
+
+
+def _job(name: str, chain: Chain, work: Work, hardware: HardwareConfig) -> Job:
+    return Job.of(name, chain.run, chain.made.model_copy(update={"hardware": hardware}), work.path)
+
+
+def _with_threads(hardware: HardwareConfig) -> HardwareConfig:
+    num_threads = hardware.num_threads or max(1, _num_cores() // hardware.num_processes)
     return hardware.model_copy(update={"num_threads": num_threads})
 
 

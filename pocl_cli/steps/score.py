@@ -118,7 +118,7 @@ def _measured(
 
     A shard is written when it is whole; those of an interrupted run are not measured again.
     """
-    hardware = set_up_hardware(chain.config.hardware, rank=processes.rank)
+    hardware = set_up_hardware(chain.config.hardware, rank=processes.local_rank)
     rows = training_rows(chain.config, load_tokenizer(chain.student))
     shards, files = in_shards(rows.train), ShardFiles(folder / SHARDS, "parquet")
     missing = files.missing(shards, processes)

@@ -66,7 +66,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         Interrupted: SIGTERM or SIGINT came; a checkpoint of the last whole step was written.
     """
     config = chain.config
-    hardware = set_up_hardware(config.hardware, rank=processes.rank)
+    hardware = set_up_hardware(config.hardware, rank=processes.local_rank)
 
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
     rows = training_rows(config, load_tokenizer(chain.student))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,15 @@ QUICK = (
 FILES = {"score": ("scores.parquet", "dropped.jsonl"), "evaluate": ("metrics.json", "predictions.jsonl")}
 
 
+# The second set has one shard, so that most processes have none of it.
+ROWS = {"rows": 30, "few": 5}
+
+
+def sets_of(folder: Path) -> str:
+    entry = "{{name: {}, path: {}/inputs/rows.jsonl, limit: {}, max_tokens: 60, max_prompt_tokens: 48}}"
+    return "[" + ",".join(entry.format(name, folder, limit) for name, limit in ROWS.items()) + "]"
+
+
 @dataclass(frozen=True)
 class Case:
     """A part of a step, and the files that it leaves."""
@@ -55,10 +63,8 @@ def test_shards_when_measured_by_any_number_of_processes_then_are_the_same_bytes
     for module in (shards, evaluate):
         monkeypatch.setattr(module, "SHARD_ROWS", 8)
     write_inputs(tmp_path / "inputs")
-    sets = [{"name": name, "path": f"{tmp_path}/inputs/rows.jsonl", "limit": limit} for name, limit in ROWS.items()]
-    run = compose(
-        recipe(tmp_path / "inputs", tmp_path / "outputs", *QUICK, f"evaluation.datasets={_yaml(sets)}"), case.step
-    )
+    sets = sets_of(tmp_path)
+    run = compose(recipe(tmp_path / "inputs", tmp_path / "outputs", *QUICK, f"evaluation.datasets={sets}"), case.step)
     chain = Chain(run)
 
     def measure(folder: Path, processes: Processes) -> None:
@@ -85,23 +91,17 @@ def test_shards_when_measured_by_any_number_of_processes_then_are_the_same_bytes
     assert {path: path.stat().st_mtime_ns for path in found[1::2]} == kept
 
 
-# The second set has one shard, so that most processes have none of it.
-ROWS = {"rows": 30, "few": 5}
-
-
-def _yaml(sets: list[dict[str, object]]) -> str:
-    return json.dumps(sets).replace('"', "")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker notices the end of its parent")
 @pytest.mark.parametrize("step", ["score", "evaluate"])
 def test_step_when_run_in_two_processes_then_makes_the_artifact_that_one_process_makes(
     tmp_path: Path, step: str
 ) -> None:
     write_inputs(tmp_path / "inputs")
+    sets = sets_of(tmp_path)
     found = []
     for outputs, hardware in (("alone", "cpu"), ("together", "cpu_2")):
-        words = recipe(tmp_path / "inputs", tmp_path / outputs, *QUICK, f"hardware={hardware}", "score.teacher=false")
+        changes = (*QUICK, f"evaluation.datasets={sets}", f"hardware={hardware}", "score.teacher=false")
+        words = recipe(tmp_path / "inputs", tmp_path / outputs, *changes)
         finished = run_pocl(step, *words, cwd=tmp_path)
         assert finished.exit_code == 0, finished.stderr
         found.append(tmp_path / finished.stdout.strip())
