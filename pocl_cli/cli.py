@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pocl_cli import __version__
+from pocl_cli import __version__, faults
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 from pocl_cli.redaction import scrub
 
@@ -85,6 +85,7 @@ def _exit_code(argv: Sequence[str]) -> int:
 def exit_code_of(action: Callable[[], object], tell: Callable[[BaseException], int]) -> int:
     """0 where `action` comes to its end, else what `tell` makes of the exception that ended it."""
     try:
+        faults.arm()
         action()
         sys.stdout.flush()
     except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:

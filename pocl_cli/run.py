@@ -22,6 +22,7 @@ class Run:
         resolved: the composed values, interpolations resolved, secrets hidden.
         options: what the command needs before its overrides (`--config-dir=…`).
         recipes: the runs that make the teacher or the student, by experiment and overrides.
+        waits: wait for a process that makes the same artifact instead of failing.
     """
 
     step: str
@@ -30,6 +31,7 @@ class Run:
     resolved: Mapping[str, Any]
     options: tuple[str, ...] = ()
     recipes: Mapping[tuple[str, tuple[str, ...]], Run] = field(default_factory=dict, repr=False)
+    waits: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -47,4 +49,4 @@ class Run:
 
     def recipe(self, experiment: str, overrides: Sequence[str]) -> Run:
         """The run of `experiment=NAME` that makes this one's teacher or student."""
-        return self.recipes[experiment, tuple(overrides)]
+        return replace(self.recipes[experiment, tuple(overrides)], waits=self.waits)

@@ -89,7 +89,7 @@ def _acquire(path: Path, what: str, wait: bool, kind: int = fcntl.LOCK_EX) -> in
     while True:
         descriptor = _open(path)
         try:
-            _lock(descriptor, path, what, kind if wait else kind | fcntl.LOCK_NB)
+            _lock(descriptor, path, what, wait, kind)
             if _is_same_file(descriptor, path):
                 return descriptor
         except BaseException:
@@ -109,20 +109,24 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def _lock(descriptor: int, path: Path, what: str, kind: int) -> None:
+def _lock(descriptor: int, path: Path, what: str, wait: bool, kind: int) -> None:
     with reported(path, "lock"):
         try:
-            fcntl.flock(descriptor, kind)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _BUSY:
                 raise
             holder = read_holder(path)
-            raise LockedError(
-                f"{what} is being made by another process",
-                where=str(path),
-                why=f"process {holder.pid} on {holder.host} holds the lock" if holder else "its lock is held",
-                fix="wait for it to end, or stop it",
-            ) from None
+            who = f"process {holder.pid} on {holder.host} holds the lock" if holder else "its lock is held"
+            if not wait:
+                raise LockedError(
+                    f"{what} is being made by another process",
+                    where=str(path),
+                    why=who,
+                    fix="wait for it to end (--wait does), or stop it",
+                ) from None
+            logging.getLogger("pocl").info("waiting for %s: %s", what, who)
+            fcntl.flock(descriptor, kind)
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocl_cli.artifacts import durable
+from pocl_cli import faults
 from pocl_cli.training.parallel import Processes, join
 
 _meetings = itertools.count()
@@ -44,13 +44,7 @@ def die() -> None:
 
 def die_at_operation(n: int) -> None:
     """Lets this process die at its n-th file operation (from 1)."""
-    left = itertools.count(n - 1, -1)
-
-    def hook(operation: str, path: Path) -> None:
-        if next(left) == 0:
-            die()
-
-    durable._fault_hook = hook
+    faults.hook = faults.fault(f"kill:file:{n}")
 
 
 def in_processes(
