@@ -146,7 +146,11 @@ class Chain:
     @cached_property
     def partition_key(self) -> ArtifactKey:
         difficulty = self.config.difficulty
-        identity: dict[str, Any] = {"difficulty": describe(difficulty), "num_subsets": self.config.curriculum.stages}
+        identity: dict[str, Any] = {
+            "difficulty": describe(difficulty),
+            "num_subsets": self.config.curriculum.stages,
+            "cut": self.config.partition.model_dump(mode="json"),
+        }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
         else:

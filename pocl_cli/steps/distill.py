@@ -42,6 +42,7 @@ def run(run: Run) -> StepResult | None:
             command=run.command,
             seed=run.config.train.seed,
             extra=trained.figures,
+            audit=trained.audit,
             exclude=["checkpoints", "consumed", FOLDER, LOCK],
         )
     tables.summary_panel(

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
+from pocl_cli.curriculum.audit import StageAudit, audit
 from pocl_cli.curriculum.stage_table import StageRow, stage_table
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
@@ -43,11 +45,15 @@ from pocl_cli.training.student import StudentWithObjective
 
 
 class Trained(NamedTuple):
-    """Optimizer steps, response tokens that were trained on, and the dev figures of the state that is kept."""
+    """Optimizer steps, response tokens that were trained on, the dev figures of the state that is kept, and the audit.
+
+    `audit` says what each stage consumed; empty in the processes that write nothing.
+    """
 
     num_steps: int
     num_tokens: int
     figures: dict[str, float]
+    audit: list[StageAudit]
 
 
 def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
@@ -70,7 +76,8 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
 
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
     rows = training_rows(config, load_tokenizer(chain.student))
-    stages = config.curriculum(_subsets(chain, rows))
+    subsets = _subsets(chain, rows)
+    stages = config.curriculum(subsets)
     table = stages_of(config.train, stages)
     if processes.is_first:
         durable.write_json(folder / "stages.json", table)
@@ -100,12 +107,20 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     if isinstance(student.teacher, StoredTeacher):
         get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
-    # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    figures = _kept_dev_figures(folder, job.settings.keep_best)
+    # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
+    figures, consumed = _kept_dev_figures(folder, job.settings.keep_best), []
     if processes.is_first:
+        consumed = audit(
+            pq.read_table(folder / "consumed.parquet"),
+            stages,
+            table,
+            subsets,
+            global_batch_size=config.train.global_batch_size,
+            drop_last=config.train.drop_last,
+        )
         _write_model(folder, chain, loaded, table, figures)
     processes.barrier()
-    return Trained(state.step, state.num_tokens, figures)._asdict()
+    return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
 
 
 def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
@@ -115,6 +130,7 @@ def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
         global_batch_size=config.global_batch_size,
         drop_last=config.drop_last,
         lr=config.lr,
+        lr_end=config.lr_end,
         max_steps=config.max_steps,
     )
 
