@@ -23,7 +23,7 @@ from pocl_cli.redaction import scrub
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal["scores", "partitions", "teacher_signals", "students", "evaluations"]
+Kind = Literal["scores", "partitions", "teacher_signals", "students", "evaluations", "comparisons"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
