@@ -236,15 +236,12 @@ class ComparisonConfig(Section):
         for what, entries in (("seeds", self.seeds), ("methods", self.methods or ()), ("only", self.only or ())):
             if len(set(entries)) != len(entries):
                 raise ValueError(f"{what} holds the same entry twice: {list(entries)}")
-        for what, name in (
-            *(("only", name) for name in self.only or ()),
-            ("baseline", self.baseline),
-            ("steps_of", self.steps_of),
-        ):
-            if name is not None and name not in self.arms:
-                guess = nearest(name, self.arms)
+        named = [*(("only", arm) for arm in self.only or ()), ("baseline", self.baseline), ("steps_of", self.steps_of)]
+        for what, arm in named:
+            if arm is not None and arm not in self.arms:
+                guess = nearest(arm, self.arms)
                 hint = f"; did you mean {guess!r}?" if guess else ""
-                raise ValueError(f"{what} names {name!r}, and the arms are {', '.join(self.arms)}{hint}")
+                raise ValueError(f"{what} names {arm!r}, and the arms are {', '.join(self.arms)}{hint}")
         if len(self.chosen) < 2:
             raise ValueError(f"a comparison needs two arms or more, and it has {len(self.chosen)}")
         if self.baseline not in self.chosen:

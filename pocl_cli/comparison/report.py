@@ -189,5 +189,5 @@ def _flat(row: Row) -> dict[str, object]:
     for metric in ANSWER_METRICS:
         difference = row["differences"].get(metric)
         numbers |= {f"{metric}_difference_{part}": value for part, value in (difference or {}).items()}
-    spent = {name: row[name] for name in ("steps", "response_tokens", "train_seconds")}  # type: ignore[literal-required]
+    spent = {name: row[name] for name in ("steps", "response_tokens", "train_seconds")}
     return {"dataset": row["dataset"], "method": row["method"], "arm": row["arm"], **numbers, **spent}

@@ -48,7 +48,8 @@ class Difference(TypedDict):
 class Row(TypedDict):
     """One arm with one method on one data set. `differences` is empty for the baseline.
 
-    `groups` holds the ROUGE-L of each group of rows: the levels of categories named "family/level", or the categories.
+    `groups` holds the ROUGE-L of each group of rows: the levels of categories named "family/level", or the categories;
+    first those that the baseline answers best.
     """
 
     dataset: str
@@ -71,8 +72,11 @@ def compare(outcomes: Mapping[Cell, Outcome], comparison: ComparisonConfig) -> l
         for method in methods:
             runs = {arm: [outcomes[Cell(method, arm, seed)] for seed in comparison.seeds] for arm in comparison.chosen}
             baseline = runs[comparison.baseline]
+            means = _groups(dataset, baseline)
+            order = sorted(means, key=lambda name: -means[name]["mean"])
             for arm, of_arm in runs.items():
                 row = _row(dataset, of_arm)
+                row["groups"] = {name: row["groups"][name] for name in order}
                 if arm != comparison.baseline:
                     row["differences"] = {
                         metric: _difference(differences(of_arm, baseline, dataset, metric), comparison)
@@ -164,6 +168,7 @@ def _difference(differences_SP: statistics.Floats, comparison: ComparisonConfig)
     interval = statistics.bootstrap_interval(differences_SP, confidence=comparison.confidence, **drawn)
     p_prompts = statistics.p_over_prompts(differences_SP, **drawn)
     p_seeds = statistics.p_over_seeds(differences_SP, **drawn)
+    counts = statistics.outcomes(differences_SP)
     return Difference(
         mean=float(differences_SP.mean()),
         low=interval.low if interval else None,
@@ -172,7 +177,9 @@ def _difference(differences_SP: statistics.Floats, comparison: ComparisonConfig)
         p_prompts_holm=p_prompts,
         p_seeds=p_seeds,
         p_seeds_holm=p_seeds,
-        **statistics.outcomes(differences_SP)._asdict(),
+        wins=counts.wins,
+        ties=counts.ties,
+        losses=counts.losses,
     )
 
 

@@ -128,13 +128,13 @@ def p_over_seeds(differences_SP: Floats, *, num_resamples: int, seed: int) -> fl
 
 def least_p_over_seeds(num_seeds: int) -> float:
     """The smallest p-value that flipping the signs of so many seeds can give."""
-    return min(1.0, 2.0 / 2**num_seeds)
+    return float(0.5 ** (num_seeds - 1))
 
 
 def _sign_flip(values: Floats, num_resamples: int, seed: int) -> float:
     """Exact where 2^n permutations are no more than `num_resamples`, else from so many random ones."""
     moving = values[np.abs(values) > TIE]  # a flip of the others changes nothing
-    if not len(moving):
+    if len(moving) < 2:  # and a single one is as large with the other sign
         return 1.0
     found = stats.permutation_test(
         (moving, np.zeros_like(moving)),  # exchanged within a pair, a difference changes its sign

@@ -11,8 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from pocl_cli.comparison.arms import ArmRun
 from pocl_cli.errors import PoclError
@@ -91,11 +90,11 @@ def _in_turn(runs: Sequence[ArmRun]) -> list[PoclError]:
 
 @dataclass(frozen=True)
 class _Running:
-    """A run in a process of its own, which says on `stderr` what goes on."""
+    """A run in a process of its own, which says in `stderr` what goes on."""
 
     one: ArmRun
     process: subprocess.Popen[bytes]
-    stderr: Path
+    stderr: IO[bytes]
     started: float
 
 
@@ -103,24 +102,23 @@ def _in_processes(runs: Sequence[ArmRun], jobs: int) -> list[PoclError]:
     waiting, running = list(runs), list[_Running]()
     errors: list[PoclError] = []
     num_done = 0
-    with tempfile.TemporaryDirectory(prefix="pocl-compare-") as folder:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_started(waiting.pop(0), Path(folder) / f"{len(waiting)}.log"))
-                time.sleep(_LOOK_SECONDS)
-                for ended in [one for one in running if one.process.poll() is not None]:
-                    running.remove(ended)
-                    num_done += 1
-                    wrong = _errors(ended)
-                    errors += wrong
-                    _tell(num_done, len(runs), ended.one, ended.started, failed=bool(wrong))
-        finally:
-            _stop([one.process for one in running])
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_started(waiting.pop(0)))
+            time.sleep(_LOOK_SECONDS)
+            for ended in [one for one in running if one.process.poll() is not None]:
+                running.remove(ended)
+                num_done += 1
+                wrong = _errors(ended)
+                errors += wrong
+                _tell(num_done, len(runs), ended.one, ended.started, failed=bool(wrong))
+    finally:
+        _stop([one.process for one in running])
     return errors
 
 
-def _started(one: ArmRun, stderr: Path) -> _Running:
+def _started(one: ArmRun) -> _Running:
     """`pocl evaluate` with the modules of this process.
 
     A session of its own keeps Ctrl-C from it, which this process passes on as SIGTERM.
@@ -128,23 +126,25 @@ def _started(one: ArmRun, stderr: Path) -> _Running:
     code = f"import sys; sys.path[:] = {sys.path!r}; from pocl_cli.cli import main; main()"
     words = ["evaluate", *one.run.options, *one.run.overrides]
     get_logger().debug("%s: pocl %s", one.cell, shlex.join(words))
-    with stderr.open("wb") as target:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=target,
-            start_new_session=True,
-        )
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        start_new_session=True,
+    )
     return _Running(one, process, stderr, time.monotonic())
 
 
 def _errors(ended: _Running) -> list[PoclError]:
     """What a process that has ended says went wrong."""
     code = ended.process.returncode
+    with ended.stderr as stderr:
+        stderr.seek(0)
+        text = stderr.read().decode("utf-8", "replace")
     if code == 0:
         return []
-    text = ended.stderr.read_text(encoding="utf-8", errors="replace")
     get_logger().debug("%s ended with %d: %s", ended.one.cell, code, text)
     mark = "pocl: error: "
     lines = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]

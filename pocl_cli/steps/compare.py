@@ -105,13 +105,10 @@ def _num_rows(chain: Chain) -> int:
     config = chain.config
     if config.plan.num_rows is not None:
         return config.plan.num_rows
-    if not config.plan.enabled and config.curriculum.needs_partition:
-        obtain(chain.run, "partition", chain.partition_key, chain.store)
-    partitioned = num_partitioned_rows(chain)
-    if partitioned is not None:
-        return partitioned
     if config.plan.enabled:
         return len(training_records(config))
+    if config.curriculum.needs_partition:
+        return num_partitioned_rows(obtain(chain.run, "partition", chain.partition_key, chain.store))
     # Seconds of imports, which the rows of a partition do without.
     from pocl_cli.models.load import load_tokenizer
     from pocl_cli.steps.rows import training_rows

@@ -13,9 +13,9 @@ from pocl_cli.data.split import split_dev
 from pocl_cli.records import Subset
 
 if TYPE_CHECKING:
+    from pocl_cli.artifacts.manifest import Artifact
     from pocl_cli.records import Record
     from pocl_cli.schema import PoclConfig
-    from pocl_cli.steps.chain import Chain
 
 
 def planned_table(config: PoclConfig, num_rows: int) -> list[StageRow]:
@@ -37,10 +37,7 @@ def training_records(config: PoclConfig) -> Sequence[Record]:
     return split_dev(load_dataset(config.dataset).records, config.dataset.dev_size, config.dataset.seed)[0]
 
 
-def num_partitioned_rows(chain: Chain) -> int | None:
-    """How many rows the partition of a chain holds; None where it has none, or does not exist yet."""
-    found = chain.store.find(chain.partition_key) if chain.config.curriculum.needs_partition else None
-    if found is None:
-        return None
-    summary = json.loads((found.path / "summary.json").read_text(encoding="utf-8"))
+def num_partitioned_rows(partition: Artifact) -> int:
+    """How many rows a partition holds: those that are left after tokenising."""
+    summary = json.loads((partition.path / "summary.json").read_text(encoding="utf-8"))
     return sum(subset["num_rows"] for subset in summary["subsets"])
