@@ -32,7 +32,10 @@ Tracker: TypeAlias = Any
 
 
 class ModelConfig(Section):
-    """Where a model comes from: `path` (hub id, folder, student artifact) or `experiment`, the recipe that makes it."""
+    """Where a model comes from: `path` (hub id, folder, student artifact) or `experiment`, the recipe that makes it.
+
+    `allow_pickle`: where its weights are pickled only, read them once, tensors only, and keep them as safetensors.
+    """
 
     name: str
     path: str | None
@@ -40,6 +43,7 @@ class ModelConfig(Section):
     overrides: tuple[str, ...]
     revision: str | None
     dtype: Dtype
+    allow_pickle: bool
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

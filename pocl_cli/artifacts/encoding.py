@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Lone surrogates cannot be encoded; the others end a line for str.splitlines and would tear a JSON line apart.
 _UNSAFE_IN_LINES = re.compile("[\ud800-\udfff\x7f\x85\u2028\u2029]")
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -84,7 +84,7 @@ def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     for name in order:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        dtype = _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        dtype = SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json_text(header).encode()

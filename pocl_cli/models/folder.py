@@ -15,6 +15,8 @@ from pocl_cli.paths import confined
 
 CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The only pickles that are ever read, and only where `allow_pickle` is set (`models.pickled`).
+PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Everything that a tokenizer of transformers reads; the chat template is not used here.
 TOKENIZER_PATTERNS = (
@@ -23,33 +25,39 @@ TOKENIZER_PATTERNS = (
 )
 _COMPLETE = "name a folder that save_pretrained wrote, or download the model again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_SAFE_NAMES, _PICKLED_NAMES = (WEIGHTS, INDEX, ".safetensors"), (PICKLED_WEIGHTS, PICKLED_INDEX, ".bin")
 # `attn_implementation: owner/name` makes transformers download a compute kernel, which is code.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
-def check_model_folder(folder: Path, *, shown: str | None = None) -> None:
+def check_model_folder(folder: Path, *, shown: str | None = None, allow_pickle: bool = False) -> bool:
     """Refuses a folder that holds no model, or whose files would run code or lead outside.
 
     Args:
         folder: the local folder.
         shown: its name in error messages.
+        allow_pickle: accept pickled weights where there are no others.
+
+    Returns:
+        Whether the weights are pickled.
 
     Raises:
         ArtifactError: a file is missing or damaged.
         SecurityError: only pickled weights, a configuration that names code, an index that leads outside.
     """
     shown = shown or str(folder)
-    check_names(_names(folder), shown)
+    pickled = check_names(_names(folder), shown, allow_pickle=allow_pickle)
     _refuse_code(_read_json(folder / CONFIG), CONFIG, shown)
     check_tokenizer_folder(folder, shown=shown)
-    missing = [path.name for path in weight_files(folder) if not path.is_file()]
+    missing = [path.name for path in weight_files(folder, pickled=pickled) if not path.is_file()]
     if missing:
         raise ArtifactError(
             f"weights are missing: {', '.join(missing[:3])}",
             where=shown,
-            why=f"{INDEX} lists them",
+            why=f"{PICKLED_INDEX if pickled else INDEX} lists them",
             fix="copy or download the model again",
         )
+    return pickled
 
 
 def check_tokenizer_folder(folder: Path, *, shown: str | None = None) -> None:
@@ -66,8 +74,11 @@ def check_tokenizer_folder(folder: Path, *, shown: str | None = None) -> None:
         _refuse_code(_read_json(folder / TOKENIZER_CONFIG), TOKENIZER_CONFIG, shown)
 
 
-def check_names(names: Collection[str], shown: str) -> None:
-    """Refuses a listing that is no model with safetensors weights: of a folder, or of a hub's repository."""
+def check_names(names: Collection[str], shown: str, *, allow_pickle: bool = False) -> bool:
+    """Refuses a listing that is no model with weights that may be read: of a folder, or of a hub's repository.
+
+    Returns whether they are pickled, which only `allow_pickle` accepts.
+    """
     if CONFIG not in names:
         adapter = ADAPTER_CONFIG in names
         raise ArtifactError(
@@ -84,39 +95,42 @@ def check_names(names: Collection[str], shown: str) -> None:
             fix=f"merge the adapter into the model, or remove {ADAPTER_CONFIG}",
         )
     if WEIGHTS in names or INDEX in names:
-        return
+        return False
+    if allow_pickle and (PICKLED_WEIGHTS in names or PICKLED_INDEX in names):
+        return True
     pickles = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLES))
     if pickles:
         raise SecurityError(
             "the weights are pickled",
             where=shown,
             why=f"{pickles[0]} can run code when it is read, and there is no {WEIGHTS}",
-            fix="convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=False)"
-            ".save_pretrained(FOLDER), the same for its AutoTokenizer, then set path=FOLDER; or, on the hub, set "
-            "revision to a pull request (refs/pr/N) that adds safetensors",
+            fix="where you trust its maker, set teacher.allow_pickle=true (or student.allow_pickle=true): "
+            f"{PICKLED_WEIGHTS} is then read once, tensors only, and kept as safetensors; or, on the hub, set revision "
+            "to a pull request (refs/pr/N) that adds safetensors",
         )
     raise ArtifactError("there are no weights", where=shown, why=f"it has neither {WEIGHTS} nor {INDEX}", fix=_COMPLETE)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, with their index where there are several.
+def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The files that hold the weights, safetensors or pickled, with their index where there are several.
 
     Raises:
         ArtifactError: the index is damaged.
         SecurityError: the index leads outside the folder.
     """
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    whole, index, ending = _PICKLED_NAMES if pickled else _SAFE_NAMES
+    if (folder / whole).exists():
+        return [folder / whole]
+    weight_map = _read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ArtifactError(f"{INDEX} has no weight_map", where=str(folder), fix=_COMPLETE)
+        raise ArtifactError(f"{index} has no weight_map", where=str(folder), fix=_COMPLETE)
     shards = [confined(folder, name) for name in sorted(set(weight_map.values()))]
     for shard in shards:
-        if not shard.name.endswith(".safetensors"):
+        if not shard.name.endswith(ending):
             raise SecurityError(
-                f"{INDEX} lists {shard.name!r}", where=str(folder), why="only safetensors files are read", fix=_COMPLETE
+                f"{index} lists {shard.name!r}", where=str(folder), why=f"only *{ending} files are read", fix=_COMPLETE
             )
-    return [folder / INDEX, *shards]
+    return [folder / index, *shards]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -125,10 +139,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in TOKENIZER_PATTERNS)]
 
 
-def model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     """The files that decide the model and its tokenizer."""
-    settings = [folder / name for name in (CONFIG, GENERATION_CONFIG) if (folder / name).exists()]
-    return sorted({*settings, *weight_files(folder), *tokenizer_files(folder)})
+    return sorted({*settings_files(folder), *weight_files(folder, pickled=pickled), *tokenizer_files(folder)})
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """The configuration of the model and of its generation."""
+    return [folder / name for name in (CONFIG, GENERATION_CONFIG) if (folder / name).exists()]
 
 
 def _names(folder: Path) -> set[str]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -45,16 +45,20 @@ _SETTINGS = [folder.CONFIG, folder.GENERATION_CONFIG, *folder.TOKENIZER_PATTERNS
 class HubCommit:
     """One commit of a repository, and the revision (null: the main branch) that it was asked for as.
 
-    `online`: the hub was reached, so that files which are not in the cache can be fetched.
+    `online`: the hub was reached, so that files which are not in the cache can be fetched. `pickled`: its weights are,
+    and that was allowed.
     """
 
     repo_id: str
     revision: str | None
     commit: str
     online: bool
+    pickled: bool = False
 
 
-def resolve_commit(repo_id: str, revision: str | None, *, needs_weights: bool = True) -> HubCommit:
+def resolve_commit(
+    repo_id: str, revision: str | None, *, needs_weights: bool = True, allow_pickle: bool = False
+) -> HubCommit:
     """The commit that `revision` (a branch, a tag or a commit; the main branch where null) now means.
 
     Where the hub cannot be reached, the newest commit in the local cache stands in, with a warning. Answers within
@@ -82,11 +86,20 @@ def resolve_commit(repo_id: str, revision: str | None, *, needs_weights: bool = 
         if cached is None:
             raise _unreachable(repo_id, error) from error
         get_logger().warning("%s; using commit %s of %s from the local cache", _reason(error), cached[:12], repo_id)
-        return HubCommit(repo_id, revision, cached, online=False)
+        commit = HubCommit(repo_id, revision, cached, online=False)
+        return replace(commit, pickled=allow_pickle and _has_only_pickles(_snapshot(commit, _SETTINGS)))
     assert info.sha is not None, "the hub names the commit"
+    pickled = False
     if needs_weights:
-        folder.check_names({sibling.rfilename for sibling in info.siblings or ()}, repo_id)
-    return HubCommit(repo_id, revision, info.sha, online=True)
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        pickled = folder.check_names(names, repo_id, allow_pickle=allow_pickle)
+    return HubCommit(repo_id, revision, info.sha, online=True, pickled=pickled)
+
+
+def _has_only_pickles(path: Path) -> bool:
+    """Whether a folder of the cache holds pickled weights and no others."""
+    safe, pickled = (folder.WEIGHTS, folder.INDEX), (folder.PICKLED_WEIGHTS, folder.PICKLED_INDEX)
+    return any((path / name).exists() for name in pickled) and not any((path / name).exists() for name in safe)
 
 
 def fetch(at: HubCommit, *, weights: bool) -> Path:
@@ -96,16 +109,17 @@ def fetch(at: HubCommit, *, weights: bool) -> Path:
         ResourceError: a file is neither in the cache nor to be had.
         ArtifactError, SecurityError: the folder holds no model that can be loaded.
     """
-    patterns = [*_SETTINGS, folder.INDEX, folder.WEIGHTS] if weights else _SETTINGS
+    whole, index = (folder.PICKLED_WEIGHTS, folder.PICKLED_INDEX) if at.pickled else (folder.WEIGHTS, folder.INDEX)
+    patterns = [*_SETTINGS, index, whole] if weights else _SETTINGS
     path = _snapshot(at, patterns)
-    if weights and not (path / folder.WEIGHTS).exists() and (path / folder.INDEX).exists():
-        path = _snapshot(at, [*patterns, *(shard.name for shard in folder.weight_files(path))])
+    if weights and not (path / whole).exists() and (path / index).exists():
+        path = _snapshot(at, [*patterns, *(shard.name for shard in folder.weight_files(path, pickled=at.pickled))])
     if not weights:
         folder.check_tokenizer_folder(path, shown=at.repo_id)
         return path
-    if not (path / folder.WEIGHTS).exists() and not (path / folder.INDEX).exists():
+    if not (path / whole).exists() and not (path / index).exists():
         raise _unreachable(at.repo_id, FileNotFoundError("its weights are not in the local cache"))
-    folder.check_model_folder(path, shown=at.repo_id)
+    folder.check_model_folder(path, shown=at.repo_id, allow_pickle=at.pickled)
     return path
 
 

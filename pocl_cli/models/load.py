@@ -1,4 +1,7 @@
-"""From a source to a model and tokenizer in memory. Never runs code that a file names, never reads a pickle."""
+"""From a source to a model and tokenizer in memory. Never runs code that a file names, never reads a pickle.
+
+A source whose weights are pickled is converted first (`models.pickled`).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from pocl_cli import faults
 from pocl_cli.errors import ArtifactError, ConfigError, ResourceError
 from pocl_cli.models import folder, hub
 from pocl_cli.models.build import build_config, build_model
@@ -76,6 +80,7 @@ def load_model(
         ResourceError: the hub does not give a file, or the device has too little memory.
         SecurityError: loading the model would run code.
     """
+    faults.reached("load", source.label)
     tokenizer = load_tokenizer(source)
     if source.weights is None:
         assert source.architecture is not None, "a source has weights or an architecture"
@@ -174,6 +179,7 @@ def set_dropout(config: PreTrainedConfig, probability: float | None) -> None:
 
 def _load_weights(source: ModelSource, dtype: torch.dtype | str, dropout: float | None) -> PreTrainedModel:
     assert source.weights is not None, "a model made from nothing has no weights to load"
+    assert not source.pickled, "pickled weights are converted first"
     config = _read_config(source.weights, weights=True)
     set_dropout(config, dropout)
     name, options = _reference(source.weights, weights=True)

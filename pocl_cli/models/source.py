@@ -34,6 +34,7 @@ class ModelSource:
         tokenizer_identity: the plain values that decide the tokenizer.
         dtype: of the weights in memory: a name of torch's, or `auto` for the checkpoint's own.
         weights: a local folder or a hub commit; None for a model that is made from nothing.
+        pickled: the weights are, which was allowed: they are converted before they are loaded (`models.pickled`).
         tokenizer: the place of the tokenizer's files; None for the toy tokenizer.
         layers: which decoder layers are kept (`models.prune`); None keeps all.
         architecture: the configuration of a model made from nothing, `model_type` among it.
@@ -49,6 +50,7 @@ class ModelSource:
     layers: int | tuple[int, ...] | None = None
     architecture: Mapping[str, Any] | None = None
     init_seed: int = 0
+    pickled: bool = False
 
 
 def resolve_teacher(config: TeacherConfig, store: Store, *, hashes: HashCache | None = None) -> ModelSource:
@@ -113,18 +115,31 @@ def _resolve_path(config: ModelConfig, path: str, store: Store, hashes: HashCach
     if isinstance(place, str):
         from pocl_cli.models import hub  # 0.5 s that local models do without
 
-        commit = hub.resolve_commit(place, config.revision)
+        commit = hub.resolve_commit(place, config.revision, allow_pickle=config.allow_pickle)
         identity = {"hub": place, "commit": commit.commit}
         return ModelSource(
-            place.rpartition("/")[2], {**identity, "dtype": config.dtype}, identity, config.dtype, commit, commit
+            place.rpartition("/")[2],
+            {**identity, "dtype": config.dtype},
+            identity,
+            config.dtype,
+            commit,
+            commit,
+            pickled=commit.pickled,
         )
     _refuse_revision(config.revision, path)
-    folder.check_model_folder(place.path)
+    pickled = folder.check_model_folder(place.path, allow_pickle=config.allow_pickle)
     tokenizer_identity = _hashes(folder.tokenizer_files(place.path), hashes)
-    identity = {"student": place.artifact} if place.artifact else _hashes(folder.model_files(place.path), hashes)
+    files = folder.model_files(place.path, pickled=pickled)
+    identity = {"student": place.artifact} if place.artifact else _hashes(files, hashes)
     label = f"student-{place.artifact}" if place.artifact else _label(place.path)
     return ModelSource(
-        label, {**identity, "dtype": config.dtype}, tokenizer_identity, config.dtype, place.path, place.path
+        label,
+        {**identity, "dtype": config.dtype},
+        tokenizer_identity,
+        config.dtype,
+        place.path,
+        place.path,
+        pickled=pickled,
     )
 
 

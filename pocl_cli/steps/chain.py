@@ -23,7 +23,15 @@ from pocl_cli.registry import describe
 from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "comparisons": 1}
+VERSIONS = {
+    "scores": 2,
+    "partitions": 2,
+    "teacher_signals": 1,
+    "students": 2,
+    "evaluations": 2,
+    "conversions": 1,
+    "comparisons": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Chain:
 
     @cached_property
     def store(self) -> Store:
-        return Store(Path(self.config.paths.outputs))
+        return Store(Path(self.config.paths.outputs), waits=self.run.waits)
 
     @cached_property
     def hashes(self) -> HashCache:
@@ -65,14 +73,6 @@ class Chain:
             path = self._made_by(section.experiment, section.overrides)
             section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
         return resolve_teacher(section, self.store, hashes=self.hashes)
-
-    def verify_students(self, *sources: ModelSource | None) -> None:
-        """Hashes the students made here again that are about to be loaded. Raises ArtifactError at a damaged one."""
-        for source in sources:
-            if source is not None and (made := source.identity.get("student")):
-                artifact = self.store.find(("students", str(made)))
-                if artifact is not None:
-                    self.store.verify(artifact)
 
     def _made_by(self, experiment: str, overrides: tuple[str, ...]) -> str:
         """The student artifact of a recipe, which is composed from that recipe alone."""
@@ -128,6 +128,10 @@ class Chain:
         }
         slug = f"{self._label('teacher')}-on-{self.config.dataset.name}-shard-{number:04d}"
         return self._key("teacher_signals", slug, identity)
+
+    def conversion_key(self, label: str, files: dict[str, str]) -> ArtifactKey:
+        """Pickled weights as safetensors, by the sha256 of the files of the model."""
+        return self._key("conversions", f"{label}-safetensors", {"files": files})
 
     @cached_property
     def partition_key(self) -> ArtifactKey:
@@ -207,7 +211,14 @@ class Chain:
 
     def _at(self, path: str) -> ModelSource:
         section = TeacherConfig(
-            name="evaluated", path=path, experiment=None, overrides=(), revision=None, dtype="auto", store=False
+            name="evaluated",
+            path=path,
+            experiment=None,
+            overrides=(),
+            revision=None,
+            dtype="auto",
+            allow_pickle=False,
+            store=False,
         )
         return resolve_teacher(section, self.store, hashes=self.hashes)
 

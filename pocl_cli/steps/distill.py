@@ -36,6 +36,7 @@ from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import StepResult, obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.stored_teacher import StoredTeacher
@@ -73,7 +74,10 @@ def run(run: Run) -> StepResult | None:
 
         # ── models ────────────────────────────────────────────────────────────────────────────────────────────────
         loaded = load_model(
-            chain.student, device=hardware.device, dtype_override=torch.float32, dropout=run.config.student.dropout
+            loadable(chain, chain.student),
+            device=hardware.device,
+            dtype_override=torch.float32,
+            dropout=run.config.student.dropout,
         )
         student = _student(chain, loaded, rows, hardware)
         checkpoint.refuse_other_teacher(work.path / "checkpoints", _teacher_source(student))
@@ -143,7 +147,6 @@ def _check_models(chain: Chain) -> None:
         assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
         check_context(read_config(chain.teacher), needed)
         compare_tokenizers(load_tokenizer(chain.teacher), load_tokenizer(chain.student))
-    chain.verify_students(chain.student)
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:

@@ -23,6 +23,7 @@ from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import commit_evaluation, evaluate_predictions, prediction_lines, report
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import tell_losses, tokenised_rows
+from pocl_cli.steps.weights import loadable
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.work import Work
@@ -44,8 +45,7 @@ def run(run: Run) -> StepResult:
         decoding = run.config.evaluation.decoding
         for one in run.config.evaluation.datasets:
             check_context(read_config(source), max(one.max_tokens, one.max_prompt_tokens + decoding.max_new_tokens))
-        chain.verify_students(source)
-        loaded = load_model(source, device=hardware.device, dtype_override=None, dropout=None)
+        loaded = load_model(loadable(chain, source), device=hardware.device, dtype_override=None, dropout=None)
         metrics, predictions = {}, []
         for one in run.config.evaluation.datasets:
             with memory_errors_explained(hardware, f"evaluating {one.name}"):

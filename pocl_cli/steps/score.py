@@ -27,6 +27,7 @@ from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.steps.weights import loadable
 from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.shards import in_shards
 
@@ -145,8 +146,7 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
         no_repeat_ngram_size=config.score.no_repeat_ngram_size,
         max_new_tokens=config.score.max_new_tokens,
     )
-    chain.verify_students(chain.student)
-    loaded = load_model(chain.student, device=hardware.device, dtype_override=None, dropout=None)
+    loaded = load_model(loadable(chain, chain.student), device=hardware.device, dtype_override=None, dropout=None)
     headed = split_model(loaded.model)
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:

@@ -9,6 +9,7 @@ import torch
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import load_model, read_config
 from pocl_cli.models.teacher import OnlineTeacher, Teacher
+from pocl_cli.steps.weights import loadable
 from pocl_cli.training.stored_teacher import open_teacher
 from pocl_cli.training.teacher_signals import TeacherSignals
 
@@ -32,8 +33,7 @@ def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teac
     assert source is not None, "a chain without a teacher asks none"
 
     def load() -> OnlineTeacher:
-        chain.verify_students(source)
-        loaded = load_model(source, device=hardware.device, dtype_override=None, dropout=None)
+        loaded = load_model(loadable(chain, source), device=hardware.device, dtype_override=None, dropout=None)
         return OnlineTeacher(split_model(loaded.model))
 
     if not chain.stores_teacher:

@@ -26,6 +26,13 @@ MAY_WRITE = {
     "cli.py": "nothing, to /dev/null, where nobody reads stdout",
     "log.py": "the run's log",
 }
+# The one module that reads a checkpoint which exists as a pickle only, and what it is forgiven.
+READS_PICKLES = "models/pickled.py"
+FORGIVEN = ["imports a format that carries code", "calls torch.load, which runs code that a file names"]
+RUNS_CODE = {
+    *("eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *("pd.read_pickle", "pandas.read_pickle", "torch.jit.load", "runpy.run_path", "runpy.run_module", "os.system"),
+}
 # An internal bug ends here as one line and exit 70.
 LAST_RESORT = "cli.py"
 CATCHES_ALL = "catches every exception"
@@ -40,6 +47,10 @@ def called_name(call: ast.Call) -> str:
         node = node.value
     parts.append(node.id if isinstance(node, ast.Name) else "?")
     return ".".join(reversed(parts))
+
+
+def is_literal(node: ast.expr, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
 
 
 def opens_for_writing(call: ast.Call) -> bool:
@@ -72,8 +83,11 @@ def faults(source: str) -> Iterator[str]:
                 yield f"{node.lineno}: imports a format that carries code"
         if isinstance(node, ast.Call):
             name = called_name(node)
-            if name in {"eval", "exec", "torch.load", "np.load", "numpy.load"} or name.endswith("instantiate"):
+            if name in RUNS_CODE or name.endswith("instantiate"):
                 yield f"{node.lineno}: calls {name}, which runs code that a file names"
+            for keyword in node.keywords:
+                if keyword.arg in {"trust_remote_code", "shell"} and not is_literal(keyword.value, False):
+                    yield f"{node.lineno}: sets {keyword.arg}"
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             if any(kind is None or (isinstance(kind, ast.Name) and kind.id == "Exception") for kind in caught):
@@ -98,7 +112,18 @@ def test_module_when_it_is_read_then_it_neither_runs_a_files_code_nor_hides_erro
     if module == LAST_RESORT:
         assert len([fault for fault in found if CATCHES_ALL in fault]) == 1
         found = [fault for fault in found if CATCHES_ALL not in fault]
+    if module == READS_PICKLES:
+        assert [fault.partition(": ")[2] for fault in found] == FORGIVEN
+        found = []
     assert found == []
+
+
+def test_module_that_reads_pickles_when_it_is_read_then_loads_weights_only() -> None:
+    tree = ast.parse((PACKAGE / READS_PICKLES).read_text(encoding="utf-8"))
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and called_name(node) == "torch.load"]
+    assert is_literal({keyword.arg: keyword.value for keyword in call.keywords}["weights_only"], True)
+    (line,) = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "pickle"]
+    assert [alias.name for alias in line.names] == ["UnpicklingError"]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in MAY_WRITE])
@@ -112,6 +137,11 @@ def test_module_when_it_is_read_then_it_leaves_writing_to_the_durable_module(mod
         "import pickle",
         "from joblib import load",
         "torch.load(path)",
+        "torch.load(path, weights_only=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=chosen)",
+        "subprocess.run(line, shell=True)",
         "eval('1')",
         "hydra.utils.instantiate(cfg)",
         "instantiate(cfg)",
@@ -124,7 +154,10 @@ def test_faults_when_a_rule_is_broken_then_it_is_found(source: str) -> None:
     assert len(list(faults(source))) == 1
 
 
-@pytest.mark.parametrize("source", ["model.eval()", "import json", "safetensors.torch.load_file(path)"])
+@pytest.mark.parametrize(
+    "source",
+    ["model.eval()", "import json", "safetensors.torch.load_file(path)", "load(x, trust_remote_code=False)"],
+)
 def test_faults_when_a_call_only_looks_alike_then_it_passes(source: str) -> None:
     assert list(faults(source)) == []
 

@@ -51,7 +51,7 @@ def test_check_model_folder_of_what_save_pretrained_wrote_passes(model_folder: P
         (pickled, SecurityError, "the weights are pickled"),
         (lambda f: shard(f, "../other.safetensors"), SecurityError, "refused"),
         (lambda f: shard(f, "/etc/weights.safetensors"), SecurityError, "refused"),
-        (lambda f: shard(f, "pytorch_model.bin"), SecurityError, "only safetensors"),
+        (lambda f: shard(f, "pytorch_model.bin"), SecurityError, "only *.safetensors"),
         (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "code.Model"}), SecurityError, "auto_map"),
         (lambda f: change_json(f / "config.json", text_config={"auto_map": {"A": "b"}}), SecurityError, "auto_map"),
         (lambda f: change_json(f / "tokenizer_config.json", auto_map=["code.T", None]), SecurityError, "auto_map"),

@@ -111,9 +111,16 @@ def server(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     server.server_close()
 
 
-def resolve(path: str = NAME, revision: str | None = None) -> ModelSource:
+def resolve(path: str = NAME, revision: str | None = None, *, allow_pickle: bool = False) -> ModelSource:
     config = TeacherConfig(
-        name="t", path=path, experiment=None, overrides=(), revision=revision, dtype="auto", store=False
+        name="t",
+        path=path,
+        experiment=None,
+        overrides=(),
+        revision=revision,
+        dtype="auto",
+        allow_pickle=allow_pickle,
+        store=False,
     )
     return resolve_teacher(config, Store(Path("outputs-that-are-not-there")))
 
@@ -249,3 +256,23 @@ def test_load_model_of_a_hub_id_in_shards_fetches_each(server: Hub, model_folder
     model.save_pretrained(model_folder, max_shard_size="40KB")
     assert len(list(model_folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(load(resolve()), model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_load_model_of_a_hub_id_with_pickles_only_where_they_are_allowed_fetches_and_knows_them(
+    server: Hub, tmp_path: Path, online: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (server.folder / "model.safetensors").rename(server.folder / "pytorch_model.bin")
+    (server.folder / "optimizer.pt").write_bytes(b"cos\nsystem\n")
+    source = resolve(allow_pickle=True)
+    assert source.pickled
+    assert isinstance(source.weights, hub.HubCommit)
+    folder = hub.fetch(source.weights, weights=True)
+    assert (folder / "pytorch_model.bin").exists()
+    assert not (folder / "optimizer.pt").exists()
+    if not online:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        again = resolve(allow_pickle=True)
+        assert (again.pickled, again.identity) == (True, source.identity)
+        assert isinstance(again.weights, hub.HubCommit)
+        assert hub.fetch(again.weights, weights=True) == folder

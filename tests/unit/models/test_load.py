@@ -26,7 +26,14 @@ ARCHITECTURE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 4
 
 def teacher(path: Path | str, dtype: str = "auto") -> ModelSource:
     config = TeacherConfig(
-        name="t", path=str(path), experiment=None, overrides=(), revision=None, dtype=dtype, store=False
+        name="t",
+        path=str(path),
+        experiment=None,
+        overrides=(),
+        revision=None,
+        dtype=dtype,
+        allow_pickle=False,
+        store=False,
     )
     return resolve_teacher(config, Store(Path("outputs-that-are-not-there")))
 
@@ -39,6 +46,7 @@ def student(**values: Any) -> ModelSource:
         "overrides": (),
         "revision": None,
         "dtype": "float32",
+        "allow_pickle": False,
         "layers": None,
         "architecture": None,
         "tokenizer": None,

@@ -34,7 +34,14 @@ def artifact_id(store: Store, model_folder: Path) -> str:
 
 def teacher(store: Store, path: Path | str, *, revision: str | None = None, dtype: str = "auto") -> ModelSource:
     config = TeacherConfig(
-        name="t", path=str(path), experiment=None, overrides=(), revision=revision, dtype=dtype, store=False
+        name="t",
+        path=str(path),
+        experiment=None,
+        overrides=(),
+        revision=revision,
+        dtype=dtype,
+        allow_pickle=False,
+        store=False,
     )
     return resolve_teacher(config, store)
 
@@ -47,6 +54,7 @@ def student(store: Store, **values: Any) -> ModelSource:
         "overrides": (),
         "revision": None,
         "dtype": "float32",
+        "allow_pickle": False,
         "layers": None,
         "architecture": None,
         "tokenizer": None,
@@ -146,7 +154,8 @@ def test_resolve_of_a_folder_with_pickles_only_is_refused_before_torch_is_import
         "import sys; from pathlib import Path; from pocl_cli.artifacts.store import Store\n"
         "from pocl_cli.errors import SecurityError; from pocl_cli.models.source import resolve_teacher\n"
         "from pocl_cli.schema import TeacherConfig\n"
-        "config = dict(name='t', experiment=None, overrides=(), revision=None, dtype='auto', store=False)\n"
+        "config = dict(name='t', experiment=None, overrides=(), revision=None, dtype='auto')\n"
+        "config |= dict(allow_pickle=False, store=False)\n"
         "try: resolve_teacher(TeacherConfig(path=sys.argv[1], **config), Store(Path('outputs')))\n"
         "except SecurityError: print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))\n"
     )
