@@ -57,15 +57,25 @@ def expand(run: Run) -> list[ArmRun]:
     errors: dict[str, PoclError] = {}
     for method in methods_of(run):
         for arm in comparison.chosen:
-            for seed in comparison.seeds:
-                try:
-                    runs.append(compose_arm(run, Cell(method, arm, seed)))
-                except PoclError as error:
-                    wrong = [_inside(one, arm, comparison.name) for one in getattr(error, "errors", [error])]
-                    errors |= {str(one): one for one in wrong}
+            try:
+                runs += _with_all_seeds(run, method, arm)
+            except PoclError as error:
+                wrong = [_inside(one, arm, comparison.name) for one in getattr(error, "errors", [error])]
+                errors |= {str(one): one for one in wrong}
     if errors:
         raise MultiConfigError(list(errors.values()))
     return runs
+
+
+def _with_all_seeds(run: Run, method: str, arm: str) -> list[ArmRun]:
+    """The runs of an arm. Composing takes a while: where two seeds differ in nothing else, the others follow from them."""
+    cells = [Cell(method, arm, seed) for seed in of_run(run).seeds]
+    composed = [compose_arm(run, cell) for cell in cells[:2]]
+    first, last = composed[0].run, composed[-1].run
+    expected = with_train(first, seed=cells[len(composed) - 1].seed)
+    if (expected.config, expected.resolved) != (last.config, last.resolved):
+        return composed + [compose_arm(run, cell) for cell in cells[2:]]
+    return composed + [ArmRun(cell, with_train(first, seed=cell.seed)) for cell in cells[2:]]
 
 
 def compose_arm(run: Run, cell: Cell) -> ArmRun:
@@ -81,17 +91,19 @@ def compose_arm(run: Run, cell: Cell) -> ArmRun:
     prefix = "--config-name="
     primary = [word.removeprefix(prefix) for word in run.options if word.startswith(prefix)]
     config_name = primary[0] if primary else None
-    return ArmRun(cell, compose_run("distill", words, config_name=config_name, options=run.options))
+    composed = compose_run("distill", words, config_name=config_name, options=run.options)
+    return ArmRun(cell, replace(composed, waits=run.waits))
 
 
-def with_steps(run: Run, num_steps: int) -> Run:
-    """The same run with `train.max_steps=num_steps`."""
-    train = run.config.train.model_copy(update={"max_steps": num_steps})
-    resolved: dict[str, Any] = {**run.resolved, "train": {**run.resolved["train"], "max_steps": num_steps}}
+def with_train(run: Run, **values: int) -> Run:
+    """The same run with other values of `train`: in its configuration, its command, and what its manifest will keep."""
+    typed = {f"train.{name}": f"train.{name}={value}" for name, value in values.items()}
+    kept = (word for word in run.overrides if word.partition("=")[0] not in typed)
+    resolved: dict[str, Any] = {**run.resolved, "train": {**run.resolved["train"], **values}}
     return replace(
         run,
-        config=run.config.model_copy(update={"train": train}),
-        overrides=(*run.overrides, f"train.max_steps={num_steps}"),
+        config=run.config.model_copy(update={"train": run.config.train.model_copy(update=values)}),
+        overrides=(*kept, *typed.values()),
         resolved=resolved,
     )
 

@@ -124,7 +124,7 @@ def _started(one: ArmRun) -> _Running:
     A session of its own keeps Ctrl-C from it, which this process passes on as SIGTERM.
     """
     code = f"import sys; sys.path[:] = {sys.path!r}; from pocl_cli.cli import main; main()"
-    words = ["evaluate", *one.run.options, *one.run.overrides]
+    words = ["evaluate", *(["--wait"] if one.run.waits else []), *one.run.options, *one.run.overrides]
     get_logger().debug("%s: pocl %s", one.cell, shlex.join(words))
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
     process = subprocess.Popen(

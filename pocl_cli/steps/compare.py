@@ -95,7 +95,9 @@ def _with_matched_steps(run: Run, expanded: Sequence[ArmRun]) -> list[ArmRun]:
     pattern = next((one for one in expanded if one.cell == cell), None) or arms.compose_arm(run, cell)
     num_steps = sum(row["steps"] for row in planned_table(pattern.run.config, _num_rows(Chain(pattern.run))))
     return [
-        replace(one, run=arms.with_steps(one.run, num_steps)) if one.run.config.curriculum.stages == 1 else one
+        replace(one, run=arms.with_train(one.run, max_steps=num_steps))
+        if one.run.config.curriculum.stages == 1
+        else one
         for one in expanded
     ]
 

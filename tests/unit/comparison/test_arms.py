@@ -58,10 +58,10 @@ def test_expand_when_no_method_is_named_then_it_is_the_composed_one_with_its_key
 
 
 def test_expand_when_an_arm_refers_to_the_seed_then_it_is_that_of_the_run() -> None:
-    words = ["comparison=pocl_vs_controls", "comparison.only=[flat_t1,random]", "comparison.seeds=[5,6]"]
+    words = ["comparison=pocl_vs_controls", "comparison.only=[flat_t1,random]", "comparison.seeds=[5,6,7]"]
     runs = arms.expand(composed(*words))
     seeds = [one.run.config.difficulty.seed for one in runs if one.cell.arm == "random"]
-    assert seeds == [5, 6]
+    assert seeds == [5, 6, 7]
 
 
 def test_expand_when_an_arm_has_a_mistyped_key_then_the_key_the_arm_and_its_file_are_named() -> None:
@@ -129,12 +129,21 @@ def test_comparison_when_it_contradicts_itself_then_it_is_refused(changes: dict[
     assert part in str(caught.value)
 
 
-def test_with_steps_when_given_then_configuration_command_and_manifest_agree() -> None:
-    run = compose_run("distill", ["experiment=demo"])
-    changed = arms.with_steps(run, 77)
-    assert changed.config.train.max_steps == 77
-    assert changed.resolved["train"]["max_steps"] == 77
-    assert changed.config == compose_run("distill", changed.overrides).config
+def test_with_train_when_given_then_configuration_command_and_manifest_agree() -> None:
+    run = compose_run("distill", ["experiment=demo", "train.seed=3"])
+    changed = arms.with_train(run, max_steps=77, seed=4)
+    assert (changed.config.train.max_steps, changed.config.train.seed) == (77, 4)
+    again = compose_run("distill", changed.overrides)
+    assert (changed.config, changed.resolved) == (again.config, again.resolved)
+
+
+@pytest.mark.parametrize("comparison", ["restarts", "pocl_vs_controls"])
+def test_expand_when_there_are_many_seeds_then_each_run_is_as_if_composed_by_itself(comparison: str) -> None:
+    run = composed(f"comparison={comparison}", "comparison.seeds=[1,2,3,4]")
+    for one in arms.expand(run):
+        alone = arms.compose_arm(run, one.cell).run
+        assert (one.run.config, one.run.resolved) == (alone.config, alone.resolved)
+        assert sorted(one.run.overrides) == sorted(alone.overrides)
 
 
 def test_equal_arms_when_two_lead_to_the_same_student_then_they_are_refused() -> None:
