@@ -68,7 +68,7 @@ def expand(run: Run) -> list[ArmRun]:
 
 
 def _with_all_seeds(run: Run, method: str, arm: str) -> list[ArmRun]:
-    """The runs of an arm. Composing takes a while: where two seeds differ in nothing else, the others follow from them."""
+    """The runs of an arm. Where two seeds differ in nothing else, the others are not composed anew."""
     cells = [Cell(method, arm, seed) for seed in of_run(run).seeds]
     composed = [compose_arm(run, cell) for cell in cells[:2]]
     first, last = composed[0].run, composed[-1].run
