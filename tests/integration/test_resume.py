@@ -20,8 +20,8 @@ import torch
 
 from pocl_cli import faults
 from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
+from pocl_cli.run import Run
 from pocl_cli.steps import partition
 from pocl_cli.trackers import TrackerRun
 from pocl_cli.training.loop import TrainingJob, train
