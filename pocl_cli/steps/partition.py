@@ -17,7 +17,6 @@ from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.artifacts.store import Store
-from pocl_cli.config import Run
 from pocl_cli.curriculum.partition import (
     SUMMARISED,
     cut,
@@ -31,6 +30,7 @@ from pocl_cli.difficulty.scores import FloatArray, IntArray, Scores
 from pocl_cli.errors import ArtifactError
 from pocl_cli.log import get_logger
 from pocl_cli.records import TEACHER, Subset, reads_teacher
+from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult, obtain

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
 from pocl_cli.models.load import load_model, load_tokenizer
 from pocl_cli.registry import difficulty_measurers
+from pocl_cli.run import Run
 from pocl_cli.steps import partition, score
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.rows import training_rows
