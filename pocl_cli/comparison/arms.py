@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pocl_cli.config import Run, compose_run, section_of
+from pocl_cli.config import compose_run, section_of
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.explain import options_of, unknown_option
 from pocl_cli.mistakes import MultiConfigError
+from pocl_cli.run import Run
 
 if TYPE_CHECKING:
     from pocl_cli.schema import ComparisonConfig

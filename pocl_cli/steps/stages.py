@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,26 +11,47 @@ from pocl_cli.curriculum.partition import cut
 from pocl_cli.curriculum.stage_table import StageRow, stage_table
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.data.split import split_dev
-from pocl_cli.records import Subset
+from pocl_cli.records import Stage, Subset
+from pocl_cli.steps.partition import read_partition
+from pocl_cli.steps.result import obtain
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.manifest import Artifact
     from pocl_cli.records import Record
-    from pocl_cli.schema import PoclConfig
+    from pocl_cli.schema import PoclConfig, TrainConfig
+    from pocl_cli.steps.chain import Chain
 
 
-def planned_table(config: PoclConfig, num_rows: int) -> list[StageRow]:
-    """The stage table of a run over so many training rows."""
+def planned_stages(chain: Chain, num_rows: int) -> list[Stage]:
+    """The stages of a run over so many training rows, with places in the order instead of record ids."""
     ids = [str(number) for number in range(num_rows)]
-    parts = cut(num_rows, config.curriculum.stages) if config.curriculum.needs_partition else [range(num_rows)]
-    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
+    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(_parts(chain, num_rows))]
+    stages: list[Stage] = chain.config.curriculum(subsets)
+    return stages
+
+
+def planned_table(train: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
+    """The stage table under the `train` section."""
     return stage_table(
-        config.curriculum(subsets),
-        global_batch_size=config.train.global_batch_size,
-        drop_last=config.train.drop_last,
-        lr=config.train.lr,
-        max_steps=config.train.max_steps,
+        stages,
+        global_batch_size=train.global_batch_size,
+        drop_last=train.drop_last,
+        lr=train.lr,
+        lr_end=train.lr_end,
+        max_steps=train.max_steps,
     )
+
+
+def _parts(chain: Chain, num_rows: int) -> Sequence[range]:
+    """The subsets as far as their sizes go. Borders in the difficulty are known once the partition is made."""
+    config = chain.config
+    if not config.curriculum.needs_partition:
+        return [range(num_rows)]
+    if config.partition.by == "counts":
+        return cut(num_rows, config.curriculum.stages)
+    partition = obtain(chain.run, "partition", chain.partition_key, chain.store)
+    ends = [0, *itertools.accumulate(len(subset.record_ids) for subset in read_partition(chain.store, partition))]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def training_records(config: PoclConfig) -> Sequence[Record]:

@@ -102,7 +102,10 @@ def test_compare_when_a_run_has_no_dev_figures_then_they_are_absent() -> None:
 
 def test_matching_when_the_learning_rate_falls_otherwise_then_it_is_said() -> None:
     assert results.matching(outcomes(), COMPARISON) == {
-        "fkl": {"flat": [], "pocl": ["2 cosines instead of one cosine"]}
+        "fkl": {
+            "flat": [],
+            "pocl": ["2 cosines of the learning rate instead of one cosine", "2 fresh optimizers instead of 1"],
+        }
     }
 
 
@@ -119,7 +122,8 @@ def test_prompts_when_runs_answered_other_rows_then_they_are_refused() -> None:
 
 def test_report_when_written_then_terminal_and_markdown_have_the_same_numbers() -> None:
     rows = results.compare(outcomes(), COMPARISON)
-    tables = report.tables_of(rows, results.matching(outcomes(), COMPARISON), COMPARISON, {"toy": 4})
+    matching = results.matching(outcomes(), COMPARISON)
+    tables = report.tables_of(rows, matching, COMPARISON, {"toy": 4})
     assert [table.title for table in tables] == [
         "toy, fkl: against flat, 2 training seeds, 4 prompts",
         "toy, fkl: beside it, ROUGE-L by level",
@@ -133,7 +137,7 @@ def test_report_when_written_then_terminal_and_markdown_have_the_same_numbers() 
     assert str(pocl[2]).startswith("+7.50 [")
     assert pocl[-1] == "50/38/12"
     assert beside == ["pocl", "25.00 ± 0.00", "3.5000", "1.0000", "65.00", "22.50"]
-    assert spent == ["pocl", 10, 150, 1.5, "2 cosines instead of one cosine"]
+    assert spent == ["pocl", 10, 150, 1.5, "; ".join(matching["fkl"]["pocl"])]
     text = report.markdown("mine", tables, report.notes(COMPARISON, 1))
     assert text.startswith("# mine\n\n## toy, fkl: against flat")
     assert "| flat | 36.25 ± 5.30 | – | – | – | – |" in text
