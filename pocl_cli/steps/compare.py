@@ -22,7 +22,7 @@ from pocl_cli.log import get_logger
 from pocl_cli.steps import arm_runs
 from pocl_cli.steps.chain import VERSIONS, Chain
 from pocl_cli.steps.result import StepResult, obtain
-from pocl_cli.steps.stages import num_partitioned_rows, planned_stages, planned_table, training_records
+from pocl_cli.steps.stages import num_partitioned_rows, planned_stages, planned_table, stages_of, training_records
 
 if TYPE_CHECKING:
     from pocl_cli.run import Run
@@ -105,8 +105,7 @@ def _with_matched_steps(run: Run, expanded: Sequence[ArmRun]) -> list[ArmRun]:
 
 
 def _num_steps(chain: Chain) -> int:
-    table = planned_table(chain.config.train, planned_stages(chain, _num_rows(chain)))
-    return sum(row["steps"] for row in table)
+    return sum(row["steps"] for row in planned_table(chain, _num_rows(chain)))
 
 
 def _num_rows(chain: Chain) -> int:
@@ -147,7 +146,7 @@ def _planned(chains: Mapping[Cell, Chain]) -> dict[Cell, Spent]:
         if rows not in num_rows:
             num_rows[rows] = _num_rows(chain)
         stages = planned_stages(chain, num_rows[rows])
-        spent[cell] = spent_by(chain.config.train, stages, planned_table(chain.config.train, stages))
+        spent[cell] = spent_by(chain.config.train, stages, stages_of(chain.config.train, stages))
     return spent
 
 

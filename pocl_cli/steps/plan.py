@@ -11,7 +11,7 @@ from pocl_cli import tables
 from pocl_cli.data.template import encode
 from pocl_cli.errors import ArtifactError, ResourceError
 from pocl_cli.records import TokenisedRow
-from pocl_cli.steps.stages import planned_stages, planned_table, training_records
+from pocl_cli.steps.stages import planned_table, training_records
 from pocl_cli.training.checkpoint import KEPT
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def show(chain: Chain) -> None:
     records = None if config.plan.num_rows is not None else training_records(config)
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
-    table = planned_table(config.train, planned_stages(chain, num_rows))
+    table = planned_table(chain, num_rows)
     tables.stage_table(table)
     tables.summary_panel("plan", _estimates(chain, table, records))
 

@@ -11,34 +11,40 @@ from pocl_cli.curriculum.partition import cut
 from pocl_cli.curriculum.stage_table import StageRow, stage_table
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.data.split import split_dev
-from pocl_cli.records import Stage, Subset
+from pocl_cli.records import Subset
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 
 if TYPE_CHECKING:
     from pocl_cli.artifacts.manifest import Artifact
-    from pocl_cli.records import Record
+    from pocl_cli.records import Record, Stage
     from pocl_cli.schema import PoclConfig, TrainConfig
     from pocl_cli.steps.chain import Chain
 
 
 def planned_stages(chain: Chain, num_rows: int) -> list[Stage]:
-    """The stages of a run over so many training rows, with places in the order instead of record ids."""
+    """The stages of a chain's student over so many training rows, with their places instead of record ids."""
     ids = [str(number) for number in range(num_rows)]
-    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(_parts(chain, num_rows))]
+    parts = _parts(chain, num_rows)
+    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
     stages: list[Stage] = chain.config.curriculum(subsets)
     return stages
 
 
-def planned_table(train: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
+def planned_table(chain: Chain, num_rows: int) -> list[StageRow]:
+    """The stage table of a chain's student over so many training rows."""
+    return stages_of(chain.config.train, planned_stages(chain, num_rows))
+
+
+def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
     """The stage table under the `train` section."""
     return stage_table(
         stages,
-        global_batch_size=train.global_batch_size,
-        drop_last=train.drop_last,
-        lr=train.lr,
-        lr_end=train.lr_end,
-        max_steps=train.max_steps,
+        global_batch_size=config.global_batch_size,
+        drop_last=config.drop_last,
+        lr=config.lr,
+        lr_end=config.lr_end,
+        max_steps=config.max_steps,
     )
 
 
