@@ -16,6 +16,7 @@ from pocl_cli.log import progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
+from pocl_cli.paths import confined
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DatasetConfig
 from pocl_cli.steps.answers import Answer, measure_and_answer
@@ -66,7 +67,9 @@ def _evaluate_dataset(
     rows = [tokenised.row(record_id) for record_id in tokenised.ids]
     all_records = {record.id: record for record in source.records}
     records = tuple(all_records[row.id] for row in rows)
-    shards = _measured_in_shards(chain, dataset.name, rows, loaded, hardware, work.path / "shards" / dataset.name)
+    shards = _measured_in_shards(
+        chain, dataset.name, rows, loaded, hardware, confined(work.path / "shards", dataset.name)
+    )
     measured = {row.id: row for shard in shards for row in shard.measured}
     answers: dict[int | None, Sequence[ScoredAnswer]] = {}
     lines: list[dict[str, Any]] = []
