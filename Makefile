@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smollm2 test check lint type imports bench bench-smollm2 bench-report clean
+.PHONY: help install demo demo-smollm2 test test-faults check lint type imports bench bench-smollm2 bench-report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
@@ -37,6 +37,9 @@ demo-smollm2: $(INSTALLED) ## the same with SmolLM2-135M (from PyPI) and 6 of it
 
 test: $(INSTALLED) ## run the tests (ARGS='-k name' passes options to pytest)
 	$(PYTEST) -n 2 --dist loadscope $(ARGS)
+
+test-faults: $(INSTALLED) ## run every fault: kills at each step and file operation, signals, damage, races (about half an hour)
+	$(PYTEST) -n 2 -m faults $(ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

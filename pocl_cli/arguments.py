@@ -29,6 +29,7 @@ class Arguments:
         package: the section that --cfg shows.
         multirun: whether this is a sweep.
         completes: whether a shell asks for completions.
+        waits: whether to wait for another process that makes the same artifact.
     """
 
     flags: tuple[str, ...]
@@ -38,6 +39,7 @@ class Arguments:
     package: str | None
     multirun: bool
     completes: bool
+    waits: bool
 
     @property
     def plans(self) -> bool:
@@ -74,6 +76,7 @@ def read(step: str, words: Sequence[str]) -> Arguments:
         package=found.package,
         multirun=found.multirun,
         completes=found.shell_completion,
+        waits=found.wait,
     )
 
 
@@ -118,6 +121,7 @@ def _parser(step: str) -> _Parser:
         parser.add_argument(short, flag, action="store_true")
     for flag in _LONG_SWITCHES:
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--wait", action="store_true")
     parser.add_argument("--version", action="version", version=f"pocl {__version__}")
     parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
     parser.add_argument("-p", "--package")

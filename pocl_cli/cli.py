@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from pocl_cli import __version__
+from pocl_cli import __version__, faults
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 from pocl_cli.redaction import scrub
 
@@ -80,6 +80,7 @@ def _dispatch(argv: Sequence[str]) -> None:
 def _exit_code(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
+        faults.arm()
         _dispatch(argv)
         sys.stdout.flush()
     except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:

@@ -42,6 +42,7 @@ class Run:
         resolved: the composed values, interpolations resolved, secrets hidden.
         options: what the command needs before its overrides (`--config-dir=…`).
         recipes: the runs that make the teacher or the student, by experiment and overrides.
+        waits: wait for a process that makes the same artifact instead of failing.
     """
 
     step: str
@@ -50,6 +51,7 @@ class Run:
     resolved: Mapping[str, Any]
     options: tuple[str, ...] = ()
     recipes: Mapping[tuple[str, tuple[str, ...]], Run] = field(default_factory=dict, repr=False)
+    waits: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -84,7 +86,7 @@ def _known() -> _Composed:
 
 def recipe(caller: Run, experiment: str, overrides: Sequence[str]) -> Run:
     """The run of `experiment=NAME` that makes a caller's teacher or student."""
-    return caller.recipes[experiment, tuple(overrides)]
+    return replace(caller.recipes[experiment, tuple(overrides)], waits=caller.waits)
 
 
 # ── where configuration is read ───────────────────────────────────────────────────────────────────────────────────────

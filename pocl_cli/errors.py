@@ -70,6 +70,12 @@ class NonFiniteError(PoclError):
     exit_code = 7
 
 
+class WorkerError(PoclError):
+    """A worker process failed or hung."""
+
+    exit_code = 8
+
+
 class SecurityError(PoclError):
     """Refused because a file or a value would run code or leave its place."""
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig
         outcome: dict[str, Any] = {"overrides": overrides, "status": "interrupted", "errors": []}
         started = time.monotonic()
         try:
-            run = config.from_hydra(step, cfg, overrides, options=options)
+            run = replace(config.from_hydra(step, cfg, overrides, options=options), waits=arguments.waits)
             outcome |= _work(run, hydra_config)
         except PoclError as error:
             outcome |= {"status": "failed", "errors": [str(one) for one in getattr(error, "errors", [error])]}

@@ -13,11 +13,12 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pocl_cli import faults
 from pocl_cli.artifacts.disk import rename_without_replacing, reported
 from pocl_cli.artifacts.encoding import json_text, safetensors_header
 from pocl_cli.errors import ArtifactError
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
-
-# Called with (operation, path) before each file operation: tests count operations with it and crash at the n-th.
-_fault_hook: Callable[[str, Path], None] = lambda operation, path: None  # noqa: E731
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -65,7 +63,7 @@ def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
     make_folder(path.parent)
     with reported(path, "append to"):
         is_new = not path.exists()
-        _fault_hook("write", path)
+        faults.reached("write", path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         with open(descriptor, "r+b") as handle:
             end = _end_of_last_line(handle)
@@ -74,7 +72,7 @@ def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
             try:
                 handle.write(data)
                 handle.flush()
-                _fault_hook("fsync", path)
+                faults.reached("fsync", path)
                 os.fsync(handle.fileno())
             except OSError:
                 with suppress(OSError):
@@ -105,7 +103,7 @@ def truncate(path: Path, num_bytes: int) -> None:
     """
     make_folder(path.parent)
     with reported(path, "shorten"):
-        _fault_hook("write", path)
+        faults.reached("write", path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -116,7 +114,7 @@ def truncate(path: Path, num_bytes: int) -> None:
                     fix=f"delete the unfinished run: rm -r {shlex.quote(str(path.parent))}",
                 )
             os.ftruncate(descriptor, num_bytes)
-            _fault_hook("fsync", path)
+            faults.reached("fsync", path)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -153,13 +151,13 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = _temporary_beside(path)
     with reported(path, "write"):
         try:
-            _fault_hook("write", path)
+            faults.reached("write", path)
             with open(temporary, "xb") as handle:
                 yield handle
                 handle.flush()
-                _fault_hook("fsync", path)
+                faults.reached("fsync", path)
                 os.fsync(handle.fileno())
-            _fault_hook("rename", path)
+            faults.reached("rename", path)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -179,7 +177,7 @@ def make_folder(path: Path) -> None:
     if path.parent != path:
         make_folder(path.parent)
     with reported(path, "make the folder"):
-        _fault_hook("mkdir", path)
+        faults.reached("mkdir", path)
         try:
             os.mkdir(path)
         except FileExistsError:
@@ -191,7 +189,7 @@ def make_folder(path: Path) -> None:
 def fsync_file(path: Path) -> None:
     """Flushes a file that somebody else wrote to the disk. Raises ResourceError."""
     with reported(path, "flush"):
-        _fault_hook("fsync", path)
+        faults.reached("fsync", path)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -202,7 +200,7 @@ def fsync_file(path: Path) -> None:
 def fsync_folder(path: Path) -> None:
     """Flushes the names in a folder to the disk. Raises ResourceError."""
     with reported(path, "flush"):
-        _fault_hook("fsync", path)
+        faults.reached("fsync", path)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -225,7 +223,7 @@ def place_file(source: Path, target: Path) -> None:
     """Gives the file a second name, or a copy where the file system knows no hard links. Raises ResourceError."""
     make_folder(target.parent)
     with reported(target, "write"):
-        _fault_hook("link", target)
+        faults.reached("link", target)
         try:
             os.link(source, target, follow_symlinks=False)
         except OSError as error:
@@ -244,7 +242,7 @@ def rename(source: Path, target: Path) -> None:
         ResourceError: any other failure.
     """
     try:
-        _fault_hook("rename", target)
+        faults.reached("rename", target)
         rename_without_replacing(source, target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
@@ -259,10 +257,10 @@ def point_link(link: Path, target: str) -> None:
     """Makes `link` a symbolic link to `target`, replacing an earlier link at once. Raises ResourceError."""
     temporary = _temporary_beside(link)
     with reported(link, "write"):
-        _fault_hook("symlink", link)
+        faults.reached("symlink", link)
         os.symlink(target, temporary)
         try:
-            _fault_hook("rename", link)
+            faults.reached("rename", link)
             os.replace(temporary, link)
         except OSError:
             os.unlink(temporary)
@@ -273,7 +271,7 @@ def point_link(link: Path, target: str) -> None:
 def remove_file(path: Path) -> None:
     """Removes a file or a link; nothing happens where there is none. Raises ResourceError."""
     with reported(path, "remove"), suppress(FileNotFoundError):
-        _fault_hook("unlink", path)
+        faults.reached("unlink", path)
         os.unlink(path)
 
 
@@ -292,7 +290,7 @@ def remove_tree(path: Path) -> None:
 def _remove_content(path: Path) -> None:
     for root, folders, files, descriptor in os.fwalk(path, topdown=False, follow_symlinks=False):
         for name in [*files, *folders]:
-            _fault_hook("unlink", Path(root, name))
+            faults.reached("unlink", Path(root, name))
             try:
                 os.unlink(name, dir_fd=descriptor)
             except (IsADirectoryError, PermissionError):  # a folder: EISDIR on Linux, EPERM on macOS

@@ -92,17 +92,21 @@ def _open(path: Path) -> int:
 def _lock(descriptor: int, path: Path, what: str, wait: bool) -> None:
     with reported(path, "lock"):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _BUSY:
                 raise
             holder = read_holder(path)
-            raise LockedError(
-                f"{what} is being made by another process",
-                where=str(path),
-                why=f"process {holder.pid} on {holder.host} holds the lock" if holder else "its lock is held",
-                fix="wait for it to end, or stop it",
-            ) from None
+            who = f"process {holder.pid} on {holder.host} holds the lock" if holder else "its lock is held"
+            if not wait:
+                raise LockedError(
+                    f"{what} is being made by another process",
+                    where=str(path),
+                    why=who,
+                    fix="wait for it to end (--wait does), or stop it",
+                ) from None
+            logging.getLogger("pocl").info("waiting for %s: %s", what, who)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocl_cli.artifacts import hashing
 from pocl_cli.artifacts.disk import reported
+from pocl_cli.artifacts.encoding import json_text
 from pocl_cli.artifacts.provenance import GitState
 from pocl_cli.errors import ArtifactError, PoclError, SecurityError
 from pocl_cli.paths import confined, slugify
@@ -79,7 +81,10 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of `manifest.json`. `files` maps each file's relative path; times are ISO 8601 in UTC."""
+    """The content of `manifest.json`. `files` maps each file's relative path; times are ISO 8601 in UTC.
+
+    `sha256` is that of the file's own text with null in its place; manifests of earlier versions have none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,10 +105,15 @@ class Manifest(BaseModel):
     started_at: str
     created_at: str
     status: Literal["complete"]
+    sha256: str | None = None
+
+    def sealed(self) -> Manifest:
+        """The same with its `sha256`."""
+        return self.model_copy(update={"sha256": _seal(self.model_dump())})
 
 
 def load(folder: Path) -> Artifact:
-    """The artifact in `folder`, with the names and sizes of its files checked.
+    """The artifact in `folder`, with its manifest and the names and sizes of its files checked.
 
     Raises:
         ArtifactError: there is none, or it is damaged, or from a newer version.
@@ -119,6 +129,7 @@ def load(folder: Path) -> Artifact:
         raise ArtifactError(f"{folder} is not a folder", why="an artifact is one", fix=_delete(folder))
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
+    _check_seal(folder)
     return Artifact(manifest.kind, manifest.id, folder, manifest)
 
 
@@ -160,6 +171,25 @@ def read_manifest(folder: Path) -> Manifest:
             fix=f"rename it to {manifest.slug}-{manifest.id}, or {_delete(folder)}",
         )
     return manifest
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    """A manifest as `durable.write_json` writes it."""
+    return (json_text(content, indent=2) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text({**content, "sha256": None})).hexdigest()
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises ArtifactError where any byte of a sealed manifest is another than when it was written."""
+    path = folder / MANIFEST
+    with reported(path, "read"):
+        text = path.read_bytes()
+    content = json.loads(text)
+    if content.get("sha256") is not None and (content["sha256"] != _seal(content) or text != _text(content)):
+        raise _damaged(folder, f"{path} has another content than when it was made (its sha256 differs)")
 
 
 def _read_json(path: Path) -> Any:

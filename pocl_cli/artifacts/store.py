@@ -34,10 +34,15 @@ class Interrupted(NamedTuple):
 
 
 class Store:
-    """All artifacts below one outputs folder. Making a Store touches nothing."""
+    """All artifacts below one outputs folder. Making a Store touches nothing.
 
-    def __init__(self, outputs: Path) -> None:
-        self.outputs = Path(outputs)
+    Args:
+        outputs: the folder.
+        waits: `open_work` waits for a lock that another process holds, where it is not told otherwise.
+    """
+
+    def __init__(self, outputs: Path, *, waits: bool = False) -> None:
+        self.outputs, self.waits = Path(outputs), waits
         self._work_root = self.outputs / ".work"
 
     def find(self, key: ArtifactKey | tuple[str, str]) -> Artifact | None:
@@ -98,7 +103,7 @@ class Store:
 
     @contextmanager
     def open_work(
-        self, key: ArtifactKey, *, summary: Mapping[str, Any] | None = None, wait: bool = False
+        self, key: ArtifactKey, *, summary: Mapping[str, Any] | None = None, wait: bool | None = None
     ) -> Iterator[Work]:
         """The private folder in which the artifact of `key` is made, under its lock.
 
@@ -108,7 +113,7 @@ class Store:
         Args:
             key: what the artifact is made from.
             summary: plain values for a person who finds the interrupted work.
-            wait: wait for the present holder of the lock instead of failing at once.
+            wait: wait for the present holder of the lock instead of failing at once; None: as the store does.
 
         Raises:
             LockedError: another process makes the same artifact.
@@ -122,7 +127,9 @@ class Store:
             durable.make_folder(folder)
         self.tidy()
         path = self._work_root / key.id
-        with lock.hold(self._lock_path(key.id), f"{key.kind}/{key.folder_name}", wait=wait):
+        with lock.hold(
+            self._lock_path(key.id), f"{key.kind}/{key.folder_name}", wait=self.waits if wait is None else wait
+        ):
             self._check_folder(path)
             finished = self.find(key)
             if finished is not None:

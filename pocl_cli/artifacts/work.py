@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from pocl_cli import faults
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import (
     KINDS,
@@ -79,6 +80,7 @@ class Work:
             SecurityError: the work holds a symbolic link, or one has the artifact's name.
         """
         assert self.finished is None, "the artifact exists already"
+        faults.reached("commit", self.key.folder_name)
         staged = self.path.with_name(f"{self.key.id}.staged")
         self._stage(staged, {WORK_FILE, *exclude})
         durable.fsync_tree(staged)
@@ -101,7 +103,7 @@ class Work:
             created_at=now(),
             status="complete",
         )
-        durable.write_json(staged / MANIFEST, manifest.model_dump())
+        durable.write_json(staged / MANIFEST, manifest.sealed().model_dump())
         artifact = self._publish(staged)
         discard(self.path)
         return artifact

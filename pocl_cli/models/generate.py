@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from pocl_cli import faults
 from pocl_cli.errors import ConfigError
 from pocl_cli.models.batch import make_batch
 from pocl_cli.models.decoded_row import DecodedRow, DecodingRule
@@ -116,6 +117,7 @@ def generate(
                 )
             num_finished = 0
             for num_more in steps:
+                faults.reached("decode")
                 num_finished += num_more
                 if on_finished is not None and num_more:
                     on_finished(num_finished)

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from pocl_cli import faults
 from pocl_cli.errors import ArtifactError, ConfigError, ResourceError
 from pocl_cli.models import folder, hub
 from pocl_cli.models.build import build_config, build_model
@@ -79,6 +80,7 @@ def load_model(
         ResourceError: the hub does not give a file, or the device has too little memory.
         SecurityError: loading the model would run code.
     """
+    faults.reached("load", source.label)
     tokenizer = load_tokenizer(source)
     if source.weights is None:
         assert source.architecture is not None, "a source has weights or an architecture"

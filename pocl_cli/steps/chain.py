@@ -38,7 +38,7 @@ class Chain:
 
     @cached_property
     def store(self) -> Store:
-        return Store(Path(self.config.paths.outputs))
+        return Store(Path(self.config.paths.outputs), waits=self.run.waits)
 
     @cached_property
     def hashes(self) -> HashCache:

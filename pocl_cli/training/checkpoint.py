@@ -22,6 +22,7 @@ from pocl_cli.artifacts.manifest import difference
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
 from pocl_cli.paths import confined
+from pocl_cli.training.parallel import num_processes
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | 
 
     Raises:
         ArtifactError: there are checkpoints, and every one is damaged; or the newest whole one was made with other
-            library versions, on another device or with another number of threads, which would give other bytes.
+            library versions, on another device or with another number of threads or processes, which would give other
+            bytes.
     """
     checkpoints = _checkpoints(folder)
     for path in reversed(checkpoints):
@@ -118,6 +120,11 @@ def save_best(folder: Path, step: int, model: nn.Module) -> str:
     path = _best_file(folder, step)
     durable.write_safetensors(path, model_tensors(model))
     return sha256_file(path)
+
+
+def best_sha256(folder: Path, step: int) -> str:
+    """The sha256 of what `save_best` wrote, for the processes that did not write it."""
+    return sha256_file(_best_file(folder, step))
 
 
 def load_best(folder: Path, best: Best, model: nn.Module) -> None:
@@ -197,6 +204,7 @@ def _conditions(model: nn.Module) -> dict[str, Any]:
         "device": device,
         # Sums are split among threads on the CPU only.
         "num_threads": torch.get_num_threads() if device == "cpu" else None,
+        "num_processes": num_processes(),
     }
 
 
@@ -207,8 +215,8 @@ def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, 
             where=str(path),
             why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
             fix=(
-                "restore them (hardware.num_threads, hardware.device, teacher.store, the packages), or "
-                f"{_afresh(path.parent)}"
+                "restore them (hardware.num_threads, hardware.num_processes, hardware.device, teacher.store, the "
+                f"packages), or {_afresh(path.parent)}"
             ),
         )
 

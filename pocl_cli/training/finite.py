@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pocl_cli import faults
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.records import Stage
 from pocl_cli.training.sampler import Sampler
@@ -37,6 +38,7 @@ class FiniteGuard:
         self._bad = torch.where(first, now, self._bad)
         self.found.copy_(torch.maximum(self.found, first.to(self.found)))
         self.optimizer.step()
+        faults.reached("step", f"{self.first_step + stage_step}")
 
     def refuse(self) -> None:
         """Waits for the device. Raises NonFiniteError where a step was not made."""

@@ -91,3 +91,26 @@ class Journal:
         parts = sorted((self.folder / "consumed").glob("*.parquet"))
         table = pa.concat_tables([pq.read_table(part) for part in parts]) if parts else CONSUMED.empty_table()
         durable.write_parquet(self.folder / "consumed.parquet", table)
+
+
+class SilentJournal(Journal):
+    """That of a process which leaves the writing to another one."""
+
+    def __init__(self) -> None:
+        """Touches no file."""
+
+    def train_line(self, values: dict[str, Any], *, pace: Pace) -> None:
+        """Notes nothing."""
+
+    def dev_line(self, figures: Mapping[str, float], *, step: int, stage: int, epoch: int) -> None:
+        """Notes nothing."""
+
+    def consumed(self, record_ids: Sequence[str], *, stage: int, epoch: int, step: int) -> None:
+        """Notes nothing."""
+
+    def flush(self, step: int) -> int:
+        """Writes nothing; 0."""
+        return 0
+
+    def close(self) -> None:
+        """Writes nothing."""

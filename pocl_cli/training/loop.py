@@ -21,10 +21,11 @@ from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
-from pocl_cli.training.journal import Journal, Pace
+from pocl_cli.training.journal import Journal, Pace, SilentJournal
 from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import cosine, make_optimizer
-from pocl_cli.training.sampler import Sampler, micro_batches
+from pocl_cli.training.parallel import ALONE, Processes
+from pocl_cli.training.sampler import Sampler, micro_batches, share
 from pocl_cli.training.signals import Signals
 from pocl_cli.training.state import Best, TrainingState
 
@@ -58,7 +59,10 @@ class LoopSettings:
 
 @dataclass
 class TrainingJob:
-    """Everything that one run needs. `evaluate_dev` gives the dev figures of the student as it stands (`dev_*`)."""
+    """Everything that one run needs. `evaluate_dev` gives the dev figures of the student as it stands (`dev_*`).
+
+    Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
+    """
 
     student: StudentWithObjective
     stages: Sequence[Stage]
@@ -69,6 +73,7 @@ class TrainingJob:
     evaluate_dev: Callable[[], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None]
     show: Advance = field(default=lambda n, note="": None)
+    processes: Processes = ALONE
 
 
 def train(job: TrainingJob) -> TrainingState:
@@ -80,14 +85,16 @@ def train(job: TrainingJob) -> TrainingState:
         NonFiniteError: a loss or gradient is not finite; the step is not made.
         Interrupted: SIGTERM or SIGINT came; a checkpoint of the last whole step was written.
         ArtifactError: every checkpoint is damaged, or was made under other conditions.
+        WorkerError: another of the processes is gone or does not answer.
     """
-    settings, student = job.settings, job.student
+    settings, student, processes = job.settings, job.student, job.processes
     checkpoints = _checkpoints(job)
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     found = checkpoint.load_newest(checkpoints, student.backbone)
     state, resumed_from = found if found else (TrainingState(), None)
-    journal = Journal(job.folder, state, track=job.track)
+    processes.agree_on("the checkpoint to go on from (step, stage)", state.step, state.stage)
+    journal = Journal(job.folder, state, track=job.track) if processes.is_first else SilentJournal()
     if resumed_from:
         get_logger().info("resuming after step %d (stage %d)", state.step, state.stage)
         job.show(state.step)
@@ -95,7 +102,7 @@ def train(job: TrainingJob) -> TrainingState:
         journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
 
     saved, optimizer, guard = state, None, None
-    signals = Signals()
+    signals = Signals(catches=processes.is_first)
     try:
         for row, stage in zip(job.table[state.stage :], job.stages[state.stage :], strict=True):
             if row["steps"] == 0:
@@ -124,7 +131,7 @@ def train(job: TrainingJob) -> TrainingState:
             waited = _Waited(state)
             for stage_step in range(state.stage_step, row["steps"]):
                 # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
-                torch.manual_seed(derive_seed(settings.seed, "dropout", state.step))
+                torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                 lr = cosine(stage_step, schedule_steps, start=settings.lr, end=settings.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -185,6 +192,7 @@ def train(job: TrainingJob) -> TrainingState:
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
                 checkpoint.load_best(checkpoints, state.best, student.backbone)
+                processes.barrier()  # the next checkpoint removes what has now been read
             state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
             state = saved = _save(job, journal, state, None)
             resumed_from = None
@@ -224,12 +232,16 @@ def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
 def _accumulate(
     job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward and backward over the micro-batches of a global batch; its loss, CE and KD per response token."""
+    """Forward and backward over a global batch, each process over its share; loss, CE and KD per response token of it.
+
+    Dividing by the response tokens of the whole batch makes the sum over processes what one process would have had.
+    """
     device = job.student.backbone.device
     # MPS has no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    totals = [torch.zeros((), dtype=dtype, device=device) for _ in range(3)]
-    for group in micro_batches(rows, job.settings.max_tokens_per_micro_batch, packs=job.student.packs):
+    totals = torch.zeros(3, dtype=dtype, device=device)
+    own = share(rows, job.processes.rank, job.processes.size)
+    for group in micro_batches(own, job.settings.max_tokens_per_micro_batch, packs=job.student.packs):
         output = job.student(
             collate(group),
             temperature=stage.temperature,
@@ -237,9 +249,11 @@ def _accumulate(
             normaliser=max(num_tokens, 1),
         )
         output.loss.backward()
-        parts = (output.loss.detach(), output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1))
-        totals = [total + part for total, part in zip(totals, parts, strict=True)]
-    return totals[0], totals[1], totals[2]
+        ce, kd = output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1)
+        totals += torch.stack([output.loss.detach(), ce, kd])
+    job.processes.sum_gradients(job.student.parameters())
+    loss, ce, kd = job.processes.sum(totals)
+    return loss, ce, kd
 
 
 def _evaluate_dev(
@@ -254,7 +268,11 @@ def _evaluate_dev(
     state = replace(state, dev_due=False)
     if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
         return state
-    sha256 = checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone)
+    written = (
+        checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
+    )
+    job.processes.barrier()
+    sha256 = written or checkpoint.best_sha256(_checkpoints(job), state.step)
     return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))
 
 
@@ -263,7 +281,8 @@ def _save(
 ) -> TrainingState:
     """Makes all lines durable, then the checkpoint that counts them; the state as it was saved."""
     state = replace(state, metrics_bytes=journal.flush(state.step))
-    checkpoint.save(_checkpoints(job), state, job.student.backbone, optimizer)
+    if job.processes.is_first:
+        checkpoint.save(_checkpoints(job), state, job.student.backbone, optimizer)
     return state
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from pocl_cli import faults
 from pocl_cli.models.generate import Generated, generate
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.training.objective import collate, cross_entropy_per_token, tokens_per_chunk
@@ -114,6 +115,7 @@ class _ScoringReader:
     def read(self, prompts: Sequence[int], cache: Cache | None = None) -> Tensor:
         """Measures these rows; returns the states that their responses' first tokens come from."""
         group = [self._rows[number] for number in prompts]
+        faults.reached("measure", group[0].id)
         batch = collate(group).to(self._hardware.device)
         with self._hardware.autocast():
             hidden_ND = self._headed.hidden_states(batch, cache)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pocl_cli import faults
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.training.objective import collate, cross_entropy_per_token, tokens_per_chunk
 from pocl_cli.training.shards import shard_batches
@@ -27,6 +28,7 @@ def measure_teacher(
     chunk_tokens = tokens_per_chunk(teacher.num_logits, hardware.objective_memory_mb, hardware.device)
     measured: list[ScoredRecord] = []
     for group in shard_batches(shard):
+        faults.reached("measure", group[0].id)
         batch = collate(group).to(hardware.device)
         with hardware.autocast():
             ce_N = cross_entropy_per_token(

@@ -45,6 +45,21 @@ class Sampler:
         return [ids[i] for i in permutation(len(ids), self.seed, "order", self.stage.index, epoch)]
 
 
+def share(rows: Sequence[TokenisedRow], rank: int, size: int) -> list[TokenisedRow]:
+    """The rows of a global batch that process `rank` of `size` works on; about the same number of tokens in each.
+
+    The longest rows are dealt first, each to the process with the fewest tokens so far, so that no two processes are
+    further apart than the longest row. Where there are fewer rows than processes, some get none.
+    """
+    shares: list[list[TokenisedRow]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    for row in sorted(rows, key=lambda row: (-row.num_tokens, row.id)):
+        least = min(range(size), key=tokens.__getitem__)
+        shares[least].append(row)
+        tokens[least] += row.num_tokens
+    return shares[rank]
+
+
 def micro_batches(rows: Sequence[TokenisedRow], max_tokens: int, *, packs: bool = False) -> list[list[TokenisedRow]]:
     """`rows` in groups of like length, with the least work in all, each within `max_tokens` tokens.
 

@@ -12,14 +12,18 @@ from pocl_cli.errors import Interrupted
 class Signals:
     """Catches both signals until `release`. A second SIGINT raises KeyboardInterrupt wherever the program is.
 
+    Args:
+        catches: False in a process that leaves both to the one that writes checkpoints.
+
     Attributes:
         pending: the first signal that came, as the exception that ends the training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, catches: bool = True) -> None:
         self.pending: Interrupted | None = None
         self._at_once = False
-        self._before = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT) if catches else ()
+        self._before = {number: signal.signal(number, self._keep) for number in caught}
 
     def release(self) -> None:
         """Gives the signals back to whoever had them before."""

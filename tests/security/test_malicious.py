@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from pocl_cli import cli
-from pocl_cli.artifacts.manifest import MANIFEST, ArtifactKey
+from pocl_cli.artifacts.encoding import json_text
+from pocl_cli.artifacts.manifest import MANIFEST, ArtifactKey, Manifest
 from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.models.load import load_model, load_tokenizer, read_config
@@ -26,6 +27,7 @@ from pocl_cli.steps import partition
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.weights import loadable
 
+from ..support import tally
 from ..support.folders import memory_folder
 from ..support.recipe import changed, compose, distilled, recipe, write_inputs
 from ..support.sandbox import Outcome, Site, watched
@@ -154,11 +156,11 @@ def artifact(case: Case) -> Path:
 
 
 def listing_outside(case: Case) -> None:
-    """A manifest that lists a file outside."""
+    """A manifest that lists a file outside, sealed anew."""
     path = artifact(case) / MANIFEST
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text()) | {"sha256": None}
     content["files"]["../../../../outside/x"] = {"size": 1, "sha256": "0" * 64}
-    path.write_text(json.dumps(content))
+    path.write_text(json_text(Manifest.model_validate(content).sealed().model_dump(), indent=2) + "\n")
 
 
 def linked(*parts: str) -> Plant:
@@ -846,7 +848,8 @@ def test_command_when_something_hostile_is_given_then_nothing_runs_and_nothing_l
     if trial.exit_code:
         assert outcome.stderr.splitlines()[-1].startswith("pocl: error: ")
         assert outcome.stdout == ""
-    check_harmless(outcome, case, before)
+    with tally.trial("a hostile fixture runs nothing, sends nothing, and changes nothing outside outputs"):
+        check_harmless(outcome, case, before)
 
 
 @every_trial
@@ -857,7 +860,6 @@ def test_payload_when_it_is_read_carelessly_then_it_is_live(trial: Trial, case: 
 
 
 def test_trials_when_counted_then_there_are_at_least_sixty_with_names_of_their_own() -> None:
-    print(f"{len(TRIALS)} hostile fixtures")
     assert len({trial.name for trial in TRIALS}) == len(TRIALS) >= 60
 
 

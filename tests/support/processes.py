@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocl_cli.artifacts import durable
+from pocl_cli import faults
+from pocl_cli.training.parallel import Processes, join
+
+_meetings = itertools.count()
 
 
 def forked(action: Callable[[], object]) -> int:
@@ -41,10 +44,30 @@ def die() -> None:
 
 def die_at_operation(n: int) -> None:
     """Lets this process die at its n-th file operation (from 1)."""
-    left = itertools.count(n - 1, -1)
+    faults.hook = faults.fault(f"kill:file:{n}")
 
-    def hook(operation: str, path: Path) -> None:
-        if next(left) == 0:
-            die()
 
-    durable._fault_hook = hook
+def in_processes(
+    size: int, folder: Path, action: Callable[[Processes], object], *, timeout_seconds: float = 30
+) -> None:
+    """Runs `action` in `size` forked processes that train together; all must come to its end."""
+    if torch.cuda.is_available():
+        pytest.skip("a process that has used autograd beside a GPU cannot fork")
+    meeting = folder / f"meeting-{next(_meetings)}"
+    meeting.mkdir(parents=True)
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                with join(rank, size, meeting, device=torch.device("cpu"), timeout_seconds=timeout_seconds) as joined:
+                    action(joined)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * size

@@ -20,6 +20,12 @@ def test_read_when_a_config_name_is_given_then_any_spelling_will_do(words: list[
     assert (found.config_name, found.flags) == ("mine", ("--config-name=mine",))
 
 
+def test_read_when_it_shall_wait_then_hydra_does_not_see_the_flag() -> None:
+    found = read("score", ["a=1", "--wait", "b=2"])
+    assert (found.waits, found.flags, found.overrides) == (True, (), ("a=1", "b=2"))
+    assert not read("score", ["a=1"]).waits
+
+
 def test_read_when_info_has_no_kind_then_all_is_meant() -> None:
     assert read("score", ["--info"]).flags == ("--info=all",)
     assert read("score", ["--info", "defaults"]).flags == ("--info=defaults",)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pocl_cli.artifacts import Store, durable
+from pocl_cli import faults
+from pocl_cli.artifacts import Store
 from pocl_cli.artifacts.manifest import verify
 from pocl_cli.errors import ResourceError
 
@@ -31,17 +32,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _count_down(n: int, act: Callable[[str, Path], None]) -> Callable[[str, Path], None]:
+def _count_down(n: int, act: Callable[[str, str], None]) -> Callable[[str, str], None]:
     left = itertools.count(n - 1, -1)
 
-    def hook(operation: str, path: Path) -> None:
-        if next(left) == 0:
-            act(operation, path)
+    def hook(event: str, what: str) -> None:
+        if event in faults.FILE_EVENTS and next(left) == 0:
+            act(event, what)
 
     return hook
 
 
-def _kill(operation: str, path: Path) -> None:
+def _kill(event: str, what: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -49,7 +50,7 @@ def _is_killed_at(n: int, outputs: Path) -> bool:
     """Makes the student in a process that dies at its n-th file operation; False where it came to its end."""
     pid = os.fork()
     if pid == 0:
-        durable._fault_hook = _count_down(n, _kill)
+        faults.hook = _count_down(n, _kill)
         try:
             make_student(outputs)
         finally:
@@ -113,13 +114,13 @@ def test_commit_when_the_disk_is_full_at_any_operation_then_says_so_and_a_rerun_
         outputs = memory / str(n)
         refused = False
 
-        def refuse_once(operation: str, path: Path) -> None:
+        def refuse_once(event: str, what: str) -> None:
             nonlocal refused
             refused = True
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what)
 
         with monkeypatch.context() as patched:
-            patched.setattr(durable, "_fault_hook", _count_down(n, refuse_once))
+            patched.setattr(faults, "hook", _count_down(n, refuse_once))
             try:
                 make_student(outputs)
             except ResourceError as error:
@@ -136,13 +137,13 @@ def test_commit_when_the_disk_is_full_at_any_operation_then_says_so_and_a_rerun_
 def test_commit_when_killed_before_the_rename_then_keeps_the_checkpoints(memory: Path) -> None:
     outputs = memory / "outputs"
 
-    def kill_at_rename(operation: str, path: Path) -> None:
-        if operation == "rename" and path.parent.name == "students":
-            _kill(operation, path)
+    def kill_at_rename(event: str, what: str) -> None:
+        if event == "rename" and Path(what).parent.name == "students":
+            _kill(event, what)
 
     pid = os.fork()
     if pid == 0:
-        durable._fault_hook = kill_at_rename
+        faults.hook = kill_at_rename
         make_student(outputs)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocl_cli import faults
 from pocl_cli.artifacts import check_free_disk, durable
 from pocl_cli.artifacts.encoding import json_text
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
@@ -96,7 +97,7 @@ def test_append_jsonl_when_the_flush_fails_then_takes_back_what_it_wrote(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     durable.append_jsonl(path, [{"step": 1}])
-    monkeypatch.setattr(durable, "_fault_hook", _fails_at("fsync", errno.ENOSPC))
+    monkeypatch.setattr(faults, "hook", _fails_at("fsync", errno.ENOSPC))
 
     with pytest.raises(ResourceError, match="append to"):
         durable.append_jsonl(path, [{"step": 2}])
@@ -228,10 +229,10 @@ def test_remove_tree_when_somebody_else_removes_it_too_then_both_succeed(
         (tree / name).mkdir(parents=True)
         (tree / name / "file").write_text("x")
 
-    def removes_a_file(operation: str, path: Path) -> None:
+    def removes_a_file(event: str, what: str) -> None:
         (tree / "b" / "file").unlink(missing_ok=True)
 
-    monkeypatch.setattr(durable, "_fault_hook", removes_a_file)
+    monkeypatch.setattr(faults, "hook", removes_a_file)
 
     durable.remove_tree(tree)
 
@@ -241,7 +242,7 @@ def test_remove_tree_when_somebody_else_removes_it_too_then_both_succeed(
 def test_remove_temporaries_when_a_writer_was_killed_then_removes_its_file_and_no_other(tmp_path: Path) -> None:
     killed = os.fork()
     if killed == 0:
-        durable._fault_hook = lambda operation, path: os._exit(9) if operation == "rename" else None
+        faults.hook = lambda event, what: os._exit(9) if event == "rename" else None
         durable.write_text(tmp_path / "sub" / "a.json", "{}")
         os._exit(0)
     os.waitpid(killed, 0)
@@ -266,7 +267,7 @@ def test_write_bytes_when_the_disk_refuses_then_names_path_and_remedy_and_keeps_
 ) -> None:
     path = tmp_path / "a.json"
     durable.write_bytes(path, b"old")
-    monkeypatch.setattr(durable, "_fault_hook", _fails_at(operation, code))
+    monkeypatch.setattr(faults, "hook", _fails_at(operation, code))
 
     with pytest.raises(ResourceError) as caught:
         durable.write_bytes(path, b"new")
@@ -329,8 +330,8 @@ def test_check_free_disk_when_too_little_is_free_then_says_how_much_is_needed(sm
 
 
 def _fails_at(operation: str, code: int) -> Any:
-    def hook(performed: str, path: Path) -> None:
-        if performed == operation:
-            raise OSError(code, os.strerror(code), str(path))
+    def hook(event: str, what: str) -> None:
+        if event == operation:
+            raise OSError(code, os.strerror(code), what)
 
     return hook

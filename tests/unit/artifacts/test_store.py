@@ -188,10 +188,7 @@ def test_find_when_a_file_is_truncated_then_names_it_and_the_command_that_mends(
     path = artifact.path / name
     os.truncate(path, eval(kept, {"size": path.stat().st_size}))
 
-    if name == "manifest.json" and kept == "size - 1":
-        assert Store(outputs).find(_key()) == artifact  # only the line's end is gone
-    else:
-        _assert_damaged(artifact, outputs, name)
+    _assert_damaged(artifact, outputs, name)
 
 
 @pytest.mark.parametrize("name", _FILES)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocl_cli.artifacts import durable
+from pocl_cli import faults
 from pocl_cli.errors import Interrupted, NonFiniteError
 from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
@@ -466,13 +466,13 @@ def test_signal_when_it_comes_inside_a_dev_evaluation_then_it_is_given_up_at_onc
 
 
 def test_signal_when_it_comes_again_while_the_checkpoint_is_written_then_the_checkpoint_is_whole(tmp_path, monkeypatch):
-    def kill_in_save(operation: str, path: Path) -> None:
-        if path.name == "optimizer.safetensors":
+    def kill_in_save(event: str, what: str) -> None:
+        if what.endswith("optimizer.safetensors"):
             kill_self(signal.SIGTERM)()
 
     job = make_job(tmp_path / "killed", evaluates=True, keep_best=True)
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(durable, "_fault_hook", kill_in_save)
+        patched.setattr(faults, "hook", kill_in_save)
         train(replace(job, show=after_step(3, kill_self(signal.SIGTERM))))
 
     assert newest_checkpoint(tmp_path / "killed") == "00000003-000"

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pocl_cli.artifacts import Artifact, ArtifactKey, Store, Work, durable
+from pocl_cli import faults
+from pocl_cli.artifacts import Artifact, ArtifactKey, Store, Work
 from pocl_cli.artifacts.hashing import sha256_file
 from pocl_cli.errors import ArtifactError, NonFiniteError
 from pocl_cli.models.batch import Batch
@@ -323,12 +324,12 @@ def test_store_when_aborted_at_any_file_operation_then_a_rerun_ends_in_the_same_
     for n in itertools.count(1, 5):
         folder, left = tmp_path / str(n), itertools.count(n - 1, -1)
 
-        def abort(operation: str, path: Path, left: Iterator[int] = left) -> None:
+        def abort(event: str, what: str, left: Iterator[int] = left) -> None:
             if next(left) == 0:
                 raise Aborted
 
         with monkeypatch.context() as patched, suppress(Aborted):
-            patched.setattr(durable, "_fault_hook", abort)
+            patched.setattr(faults, "hook", abort)
             stored(folder, lambda: online).hidden_states(batch_of(rows))
         visible = content_hashes(folder)
         assert visible.items() <= filled.items(), f"something half is visible after operation {n}"
