@@ -25,11 +25,11 @@ from pocl_cli.models.attention import recompute_layers
 from pocl_cli.models.card import model_card
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
-from pocl_cli.models.vocabulary import align_vocabularies, compare_tokenizers
+from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
+from pocl_cli.models.vocabulary import align_vocabularies
 from pocl_cli.records import Stage, Subset
 from pocl_cli.schema import PoclConfig, TrainConfig
-from pocl_cli.steps import plan
+from pocl_cli.steps import checks, plan
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.partition import read_partition
@@ -65,7 +65,7 @@ def run(run: Run) -> StepResult | None:
         hardware = set_up_hardware(run.config.hardware)
 
         # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────
-        _check_models(chain)
+        checks.refuse_early(checks.of_training(chain))
         rows = training_rows(run.config, load_tokenizer(chain.student))
         stages = run.config.curriculum(_subsets(chain, rows))
         table = stages_of(run.config.train, stages)
@@ -137,16 +137,6 @@ def _inputs(chain: Chain) -> dict[str, str]:
         if source is not None and "student" in source.identity:
             inputs[part] = str(source.identity["student"])
     return inputs
-
-
-def _check_models(chain: Chain) -> None:
-    """What can be known before the weights are read: tokenizers that differ, a context that is too short."""
-    needed = chain.config.dataset.max_tokens
-    check_context(read_config(chain.student), needed)
-    if chain.config.kd_method.needs_teacher:
-        assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
-        check_context(read_config(chain.teacher), needed)
-        compare_tokenizers(load_tokenizer(chain.teacher), load_tokenizer(chain.student))
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:

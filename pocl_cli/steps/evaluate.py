@@ -15,10 +15,11 @@ from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, s
 from pocl_cli.log import progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
+from pocl_cli.models.load import LoadedModel, load_model
 from pocl_cli.paths import confined
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DatasetConfig
+from pocl_cli.steps import checks
 from pocl_cli.steps.answers import Answer, measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import commit_evaluation, evaluate_predictions, prediction_lines, report
@@ -43,9 +44,7 @@ def run(run: Run) -> StepResult:
         if work.finished is not None:
             return report(StepResult(work.finished, made=False))
         hardware = set_up_hardware(run.config.hardware)
-        decoding = run.config.evaluation.decoding
-        for one in run.config.evaluation.datasets:
-            check_context(read_config(source), max(one.max_tokens, one.max_prompt_tokens + decoding.max_new_tokens))
+        checks.refuse_early(checks.of_evaluation(chain, source))
         loaded = load_model(loadable(chain, source), device=hardware.device, dtype_override=None, dropout=None)
         metrics, predictions = {}, []
         for one in run.config.evaluation.datasets:

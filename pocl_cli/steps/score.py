@@ -18,10 +18,11 @@ from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import check_context, load_model, load_tokenizer, read_config
-from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
+from pocl_cli.models.load import load_model, load_tokenizer
+from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.schema import DecodingConfig, PoclConfig
+from pocl_cli.steps import checks
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
@@ -65,7 +66,8 @@ def _measure(chain: Chain, who: str) -> StepResult:
         if work.finished is not None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
         hardware = set_up_hardware(chain.config.hardware)
-        rows = _rows(chain, who)
+        checks.refuse_early(checks.of_measuring(chain, who))
+        rows = training_rows(chain.config, load_tokenizer(chain.student))
         with memory_errors_explained(hardware, f"measuring the {who}"):
             measure = (_student_measurer if who == "student" else _teacher_measurer)(chain, rows, hardware)
             scored = _measure_in_shards(chain.config, who, rows, measure, work.path / "shards")
@@ -87,19 +89,6 @@ def _measure(chain: Chain, who: str) -> StepResult:
         )
     get_logger().info("the %s on %d rows: %s", who, len(scored), ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return StepResult(artifact, made=True, figures=figures)
-
-
-def _rows(chain: Chain, who: str) -> TrainingRows:
-    """The training rows, once tokenizer and context of the model are known to suit them."""
-    source = chain.student if who == "student" else chain.teacher
-    assert source is not None, "a chain without a teacher has no teacher to measure"
-    tokenizer = load_tokenizer(chain.student)
-    if who == "teacher":
-        compare_tokenizers(load_tokenizer(source), tokenizer)
-    new_tokens = chain.config.score.max_new_tokens if who == "student" else 0
-    needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
-    check_context(read_config(source), needed)
-    return training_rows(chain.config, tokenizer)
 
 
 def _measure_in_shards(
