@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,49 +22,13 @@ from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.explain import COMPOSITION_ERRORS, explain, options_of, unknown_option, unresolved
 from pocl_cli.guard import refuse_alias_bombs
 from pocl_cli.mistakes import MultiConfigError
-from pocl_cli.redaction import scrub_command, scrub_values
+from pocl_cli.redaction import scrub_values
+from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.validation import preset_names, validate
 
 # What passes from a caller to the recipe that makes its teacher or student.
 PASSED_ON = ("paths", "hardware", "tracker", "upstream")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One step's checked configuration, what a person typed for it, and the plain values that the manifest keeps.
-
-    Attributes:
-        step: the command.
-        config: the checked configuration.
-        overrides: as typed.
-        resolved: the composed values, interpolations resolved, secrets hidden.
-        options: what the command needs before its overrides (`--config-dir=…`).
-        recipes: the runs that make the teacher or the student, by experiment and overrides.
-        waits: wait for a process that makes the same artifact instead of failing.
-    """
-
-    step: str
-    config: PoclConfig
-    overrides: tuple[str, ...]
-    resolved: Mapping[str, Any]
-    options: tuple[str, ...] = ()
-    recipes: Mapping[tuple[str, tuple[str, ...]], Run] = field(default_factory=dict, repr=False)
-    waits: bool = False
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments that an artifact remembers, secrets hidden."""
-        return scrub_command(["pocl", self.step, *self.options, *self.overrides])
-
-    def command_for(self, step: str, *more: str) -> str:
-        """The shell command of another step of the same chain."""
-        overrides = [word for word in self.overrides if not word.startswith("plan.")]
-        return shlex.join(["pocl", step, *self.options, *overrides, *more])
-
-    def for_step(self, step: str) -> Run:
-        """The same chain, addressed by another step."""
-        return replace(self, step=step)
 
 
 @dataclass
@@ -82,11 +45,6 @@ _composed: WeakKeyDictionary[ConfigLoader, _Composed] = WeakKeyDictionary()
 def _known() -> _Composed:
     """What has been composed from the folders that Hydra reads now."""
     return _composed.setdefault(GlobalHydra.instance().config_loader(), _Composed())
-
-
-def recipe(caller: Run, experiment: str, overrides: Sequence[str]) -> Run:
-    """The run of `experiment=NAME` that makes a caller's teacher or student."""
-    return replace(caller.recipes[experiment, tuple(overrides)], waits=caller.waits)
 
 
 # ── where configuration is read ───────────────────────────────────────────────────────────────────────────────────────

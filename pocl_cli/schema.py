@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -154,6 +155,26 @@ class ScoreConfig(Section):
     seed: int
 
 
+class PartitionConfig(Section):
+    """Where the order of the rows is cut: equal counts, or borders `at` quantiles or thresholds of the difficulty."""
+
+    by: Literal["counts", "quantiles", "thresholds"]
+    at: tuple[float, ...] | None
+
+    @model_validator(mode="after")
+    def _borders(self) -> PartitionConfig:
+        if self.by == "counts" and self.at is not None:
+            raise ValueError("at gives borders, and by=counts has none; set by=quantiles or by=thresholds")
+        if self.by == "thresholds" and self.at is None:
+            raise ValueError("by=thresholds needs the borders: at=[…], difficulties in ascending order")
+        at = self.at or ()
+        if any(one >= other for one, other in itertools.pairwise(at)):
+            raise ValueError(f"at must ascend, and is {list(at)}")
+        if self.by == "quantiles" and not all(0 < one < 1 for one in at):
+            raise ValueError(f"quantiles are shares of the rows between 0 and 1, and at is {list(at)}")
+        return self
+
+
 class TrainConfig(Section):
     seed: int
     lr: Annotated[float, Field(gt=0)]
@@ -183,6 +204,21 @@ class HardwareConfig(Section):
     num_threads: Annotated[int, Field(ge=1)] | None
     max_tokens_per_micro_batch: Annotated[int, Field(ge=1)] | None
     objective_memory_mb: Annotated[int, Field(ge=1)]
+    num_processes: Annotated[int, Field(ge=1)]
+    num_nodes: Annotated[int, Field(ge=1)]
+    parallel: Literal["none", "ddp"]
+    timeout_seconds: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HardwareConfig:
+        several = f"num_processes={self.num_processes} on num_nodes={self.num_nodes}"
+        if self.num_processes * self.num_nodes > 1 and self.parallel == "none":
+            raise ValueError(f"{several} need parallel=ddp; parallel=none is for one process")
+        if self.num_processes * self.num_nodes == 1 and self.parallel != "none":
+            raise ValueError(f"parallel={self.parallel} is for several processes; set parallel=none")
+        if self.num_processes > 1 and ":" in self.device:
+            raise ValueError(f"device={self.device} is one device, and each process gets its own; set device=cuda")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -226,6 +262,7 @@ class PoclConfig(Section):
     curriculum: Scheduler
     difficulty: DifficultyMeasurer
     score: ScoreConfig
+    partition: PartitionConfig
     train: TrainConfig
     evaluation: EvaluationConfig
     hardware: HardwareConfig

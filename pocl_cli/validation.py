@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
+from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
 LOCAL = "local"
@@ -52,6 +53,18 @@ def validate(
     if errors:
         raise MultiConfigError(errors)
     return config
+
+
+def plain_values(config: PoclConfig) -> dict[str, Any]:
+    """A checked configuration as values that JSON holds; `from_plain_values` makes it again."""
+    families = {section: describe(getattr(config, section)) for section in FAMILIES}
+    return {**config.model_dump(mode="json", exclude=set(FAMILIES)), **families}
+
+
+def from_plain_values(values: Mapping[str, Any]) -> PoclConfig:
+    """The configuration that `plain_values` was given."""
+    families = {section: family.build(values[section]) for section, family in FAMILIES.items()}
+    return PoclConfig.model_validate({**values, **families})
 
 
 def preset_names(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -110,6 +123,14 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
     if config.plan.num_rows is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
+    if config.partition.at is not None and (config.curriculum.needs_partition or step == "partition"):
+        yield from _borders_fit(config, len(config.partition.at))
+    if config.plan.num_rows is not None and config.curriculum.needs_partition and config.partition.by != "counts":
+        yield ConfigError(
+            f"plan.num_rows with partition.by={config.partition.by}",
+            why="the sizes of such subsets are known from the difficulties alone",
+            fix="leave out plan.num_rows, or set partition.by=counts",
+        )
     if step == "evaluate" and config.evaluation.model == "teacher" and not config.teacher.present:
         yield ConfigError(
             "evaluation.model=teacher without a teacher",
@@ -130,6 +151,15 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
 def _evaluates_the_student(config: PoclConfig) -> bool:
     """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
     return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
+
+
+def _borders_fit(config: PoclConfig, num_borders: int) -> Iterator[PoclError]:
+    if num_borders != config.curriculum.stages - 1:
+        yield ConfigError(
+            f"partition.at has {num_borders} borders for {config.curriculum.stages} subsets",
+            why="there is one border less than there are curriculum.stages",
+            fix=f"give {config.curriculum.stages - 1}, or set curriculum.stages={num_borders + 1}",
+        )
 
 
 def _stages_fit(config: PoclConfig, num_rows: int, given: str) -> Iterator[PoclError]:

@@ -98,6 +98,7 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     files: dict[str, FileEntry]
     extra: dict[str, Any]
+    audit: list[dict[str, Any]] | None = None
     command: list[str]
     git: GitState | None
     packages: dict[str, str]

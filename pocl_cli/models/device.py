@@ -63,8 +63,12 @@ def memory_errors_explained(hardware: Hardware, what: str) -> Iterator[None]:
         ) from error
 
 
-def set_up_hardware(config: HardwareConfig) -> Hardware:
+def set_up_hardware(config: HardwareConfig, *, rank: int = 0) -> Hardware:
     """Picks the device and sets the number of threads.
+
+    Args:
+        config: the `hardware` section.
+        rank: of several processes, each of which gets an accelerator of its own.
 
     Raises:
         ConfigError: the device is not there.
@@ -72,6 +76,8 @@ def set_up_hardware(config: HardwareConfig) -> Hardware:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    if config.num_processes > 1 and device.type != "cpu":
+        device = _device(f"{device.type}:{rank}")
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cpu" and config.precision == "bfloat16" and not torch.backends.mkldnn.is_available():
@@ -87,11 +93,19 @@ class Memory(NamedTuple):
     free: int
 
 
-def memory_of(device: torch.device) -> Memory:
-    """The memory of a device; of the CPU what this process may take of the machine's."""
-    if device.type == "cuda":
+def memory_of(device: torch.device, *, alone: bool = True) -> Memory:
+    """The memory of a device; of the CPU what this process may take of the machine's.
+
+    Args:
+        device: the device.
+        alone: this process is the one that will use it. Else it takes no place on a GPU to ask what is free there.
+    """
+    if device.type == "cuda" and alone:
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(total, total)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _number(Path("/sys/fs/cgroup/memory.max"), r"^(\d+)$") or total  # of a container
     available = _number(Path("/proc/meminfo"), r"^MemAvailable: *(\d+) kB$")

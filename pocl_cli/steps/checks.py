@@ -204,8 +204,10 @@ def _measuring_memory(chain: Chain, model: _Model) -> Check:
 
 def _memory(chain: Chain, needed: Bytes) -> Finding:
     """Raises ResourceError where weights, gradients and moments alone are more than there is; free memory may grow."""
-    device = set_up_hardware(chain.config.hardware).device
-    memory = memory_of(device)
+    device, num_processes = set_up_hardware(chain.config.hardware).device, chain.config.hardware.num_processes
+    memory = memory_of(device, alone=num_processes == 1)
+    if device.type != "cuda":  # each process has its own copy, all of them in one memory
+        needed = Bytes(*(num_processes * count for count in needed))
     if needed.least > memory.total:
         raise ResourceError(
             f"not enough memory on {device}",

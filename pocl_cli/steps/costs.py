@@ -42,12 +42,17 @@ def sizes_of(source: ModelSource) -> Sizes:
     """Counts the parameters of a model without its weights. Raises as `models.load.load_model`."""
     model = read_skeleton(source)
     config: Any = model.config
-    embedding = model.get_input_embeddings().weight.numel()
+    embeddings: Any = model.get_input_embeddings()
     text = config.get_text_config()
     # Kept for the backward pass of a decoder layer: about 16 vectors of the hidden size a token, in float32.
     activations = 16 * 4 * text.hidden_size * text.num_hidden_layers
     dtype = str(config.dtype or "float32") if source.dtype == "auto" else source.dtype
-    return Sizes(sum(p.numel() for p in model.parameters()), embedding, activations, 2 if dtype.endswith("16") else 4)
+    return Sizes(
+        sum(p.numel() for p in model.parameters()),
+        embeddings.weight.numel(),
+        activations,
+        2 if dtype.endswith("16") else 4,
+    )
 
 
 def training_memory(student: Sizes, teacher: Sizes | None, hardware: Hardware) -> Bytes:

@@ -10,7 +10,7 @@ from pocl_cli.steps.predictions import evaluate_predictions, report
 from pocl_cli.steps.result import StepResult
 
 if TYPE_CHECKING:
-    from pocl_cli.config import Run
+    from pocl_cli.run import Run
 
 
 def run_step(run: Run) -> StepResult | None:

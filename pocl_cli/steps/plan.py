@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import replace
@@ -17,6 +18,8 @@ from pocl_cli.errors import PoclError
 from pocl_cli.records import Subset, TokenisedRow
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
+from pocl_cli.steps.partition import read_partition
+from pocl_cli.steps.result import obtain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,13 +47,13 @@ def show(chain: Chain) -> None:
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
     ids = [str(number) for number in range(num_rows)]
-    parts = cut(num_rows, config.curriculum.stages) if config.curriculum.needs_partition else [range(num_rows)]
-    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
+    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(_parts(chain, num_rows))]
     table = stage_table(
         config.curriculum(subsets),
         global_batch_size=config.train.global_batch_size,
         drop_last=config.train.drop_last,
         lr=config.train.lr,
+        lr_end=config.train.lr_end,
         max_steps=config.train.max_steps,
     )
     tables.stage_table(table)
@@ -58,6 +61,18 @@ def show(chain: Chain) -> None:
         rows = checks.verdicts(checks.of_plan(chain))
         tables.results_table("Checks, before any weights are read", ["check", "verdict", "finding"], rows)
     tables.summary_panel("plan", _estimates(chain, table, records))
+
+
+def _parts(chain: Chain, num_rows: int) -> Sequence[range]:
+    """The subsets as far as their sizes go. Borders in the difficulty are known once the partition is made."""
+    config = chain.config
+    if not config.curriculum.needs_partition:
+        return [range(num_rows)]
+    if config.partition.by == "counts":
+        return cut(num_rows, config.curriculum.stages)
+    partition = obtain(chain.run, "partition", chain.partition_key, chain.store)
+    ends = [0, *itertools.accumulate(len(subset.record_ids) for subset in read_partition(chain.store, partition))]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _training_records(config: PoclConfig) -> Sequence[Record]:
