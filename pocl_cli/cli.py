@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pocl_cli import __version__, faults
+from pocl_cli import __version__, faults, interrupts
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 from pocl_cli.redaction import scrub
 
@@ -20,6 +20,7 @@ STEPS = {
     "partition": "rank the rows and cut them into subsets, easy to hard",
     "distill": "train the student stage by stage",
     "evaluate": "generate answers on test sets with several seeds and score them",
+    "compare": "train and evaluate arms with several seeds, and say whether they differ",
 }
 HELP = f"""\
 pocl: curriculum knowledge distillation of language models (POCL, arXiv 2506.05695)
@@ -36,6 +37,7 @@ examples
   pocl distill kd_method=rkl curriculum.stages=4     train with reverse KL in four stages
   pocl distill -m kd_method=fkl,rkl train.seed=1,2   sweep: four runs
   pocl distill plan=true                             the stage table and the costs, nothing written
+  pocl compare experiment=demo                       does the curriculum help? POCL against its controls
 
 pocl STEP --help lists a step's groups and keys; pocl STEP --cfg job prints what would run.
 """
@@ -78,7 +80,7 @@ def _dispatch(argv: Sequence[str]) -> None:
 
 
 def _exit_code(argv: Sequence[str]) -> int:
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    interrupts.catch()
     return exit_code_of(lambda: _dispatch(argv), ended_by)
 
 
@@ -95,6 +97,9 @@ def exit_code_of(action: Callable[[], object], tell: Callable[[BaseException], i
 
 def ended_by(error: BaseException) -> int:
     """The exit code of a command that an exception ended; says why on stderr, in one line a mistake."""
+    interrupts.settle()
+    if isinstance(error, Exception) and not isinstance(error, PoclError) and interrupts.received is not None:
+        error = interrupts.received  # a library has made an exception of its own of it
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, BrokenPipeError):
@@ -138,10 +143,6 @@ def unforeseen(error: BaseException) -> tuple[str, int]:
         f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
         "run it again with POCL_DEBUG=1 and report the traceback"
     ), 70
-
-
-def _raise_interrupted(number: int, frame: object) -> None:
-    raise Interrupted("interrupted", why="SIGTERM", fix="the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def run_step(step: str, words: Sequence[str]) -> None:
 
 def _run_step(step: str, words: Sequence[str], outer: Outer | None) -> None:
     arguments = read(step, words)
-    if outer is not None and arguments.multirun:
-        raise MultiConfigError([_no_sweep(step, outer)])
+    if outer is not None and (arguments.multirun or step == "compare"):
+        raise MultiConfigError([_no_jobs(f"{step} -m" if arguments.multirun else step, outer)])
     guard.refuse_overrides(arguments.overrides)
     guard.guard_compositions()
     folders = [*arguments.config_dirs, *config.user_config_folders()]
@@ -127,11 +127,11 @@ def _run_folders(arguments: Arguments, outer: Outer | None) -> Iterator[list[str
         yield [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
 
 
-def _no_sweep(step: str, outer: Outer) -> ConfigError:
+def _no_jobs(command: str, outer: Outer) -> ConfigError:
     return ConfigError(
-        f"pocl {step} -m inside {outer.launcher}",
-        why=f"a sweep starts jobs by itself, and here are {outer.size} processes that do one together",
-        fix=f"start each choice with its own {outer.launcher}, or sweep without it (hydra/launcher=slurm)",
+        f"pocl {command} inside {outer.launcher}",
+        why=f"it starts jobs by itself, and here are {outer.size} processes that do one together",
+        fix=f"start each run with its own {outer.launcher}, or use it without (hydra/launcher=slurm for a sweep)",
     )
 
 

@@ -17,6 +17,7 @@ from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
+from pocl_cli.records import reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
@@ -24,7 +25,15 @@ from pocl_cli.steps.result import obtain
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
+VERSIONS = {
+    "scores": 3,
+    "partitions": 2,
+    "teacher_signals": 1,
+    "students": 2,
+    "evaluations": 2,
+    "conversions": 1,
+    "comparisons": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -146,9 +155,15 @@ class Chain:
     @cached_property
     def partition_key(self) -> ArtifactKey:
         difficulty = self.config.difficulty
-        identity: dict[str, Any] = {"difficulty": describe(difficulty), "num_subsets": self.config.curriculum.stages}
+        identity: dict[str, Any] = {
+            "difficulty": describe(difficulty),
+            "num_subsets": self.config.curriculum.stages,
+            "cut": self.config.partition.model_dump(mode="json"),
+        }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
+            if reads_teacher(difficulty.needs):
+                identity["teacher_scores"] = self.score_key("teacher").id
         else:
             identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
         slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"
@@ -189,10 +204,20 @@ class Chain:
         return source, source.label
 
     @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """How models are evaluated: the data sets, and how answers are drawn."""
+        evaluation = self.config.evaluation
+        return {
+            "datasets": {one.name: self._dataset(one) for one in evaluation.datasets},
+            "seeds": list(evaluation.seeds),
+            "decoding": evaluation.decoding.model_dump(mode="json"),
+        }
+
+    @cached_property
     def evaluation_key(self) -> ArtifactKey:
         """The evaluation of a model, or of answers made elsewhere, on the configured sets."""
         evaluation = self.config.evaluation
-        identity: dict[str, Any] = {"datasets": {one.name: self._dataset(one) for one in evaluation.datasets}}
+        identity: dict[str, Any] = {"datasets": self.protocol["datasets"]}
         if evaluation.predictions is not None:
             path = Path(evaluation.predictions).expanduser()
             if not path.is_file():
@@ -202,10 +227,9 @@ class Chain:
             identity["model"] = {"predictions": sha256_file(path)}
         else:
             source, label = self.evaluated
-            identity |= {
+            identity = {
+                **self.protocol,
                 "model": source.identity,
-                "seeds": list(evaluation.seeds),
-                "decoding": evaluation.decoding.model_dump(mode="json"),
                 "precision": self.config.hardware.precision,
             }
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)

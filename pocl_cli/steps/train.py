@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
-from pocl_cli.curriculum.stage_table import StageRow, stage_table
+from pocl_cli.curriculum.audit import StageAudit, audit
+from pocl_cli.curriculum.stage_table import StageRow
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
@@ -26,12 +28,13 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import align_vocabularies
 from pocl_cli.records import Stage, Subset
-from pocl_cli.schema import PoclConfig, TrainConfig
+from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.stages import stages_of
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
@@ -43,11 +46,15 @@ from pocl_cli.training.student import StudentWithObjective
 
 
 class Trained(NamedTuple):
-    """Optimizer steps, response tokens that were trained on, and the dev figures of the state that is kept."""
+    """Optimizer steps, response tokens that were trained on, the dev figures of the state that is kept, and the audit.
+
+    `audit` says what each stage consumed; empty in the processes that write nothing.
+    """
 
     num_steps: int
     num_tokens: int
     figures: dict[str, float]
+    audit: list[StageAudit]
 
 
 def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
@@ -70,7 +77,8 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
 
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
     rows = training_rows(config, load_tokenizer(chain.student))
-    stages = config.curriculum(_subsets(chain, rows))
+    subsets = _subsets(chain, rows)
+    stages = config.curriculum(subsets)
     table = stages_of(config.train, stages)
     if processes.is_first:
         durable.write_json(folder / "stages.json", table)
@@ -100,23 +108,20 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     if isinstance(student.teacher, StoredTeacher):
         get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
-    # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    figures = _kept_dev_figures(folder, job.settings.keep_best)
+    # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
+    figures, consumed = _kept_dev_figures(folder, job.settings.keep_best), []
     if processes.is_first:
+        consumed = audit(
+            pq.read_table(folder / "consumed.parquet"),
+            stages,
+            table,
+            subsets,
+            global_batch_size=config.train.global_batch_size,
+            drop_last=config.train.drop_last,
+        )
         _write_model(folder, chain, loaded, table, figures)
     processes.barrier()
-    return Trained(state.step, state.num_tokens, figures)._asdict()
-
-
-def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
-    """The stage table under the `train` section."""
-    return stage_table(
-        stages,
-        global_batch_size=config.global_batch_size,
-        drop_last=config.drop_last,
-        lr=config.lr,
-        max_steps=config.max_steps,
-    )
+    return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:

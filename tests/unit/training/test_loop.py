@@ -6,8 +6,8 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_cli import faults
 from pocl_cli.errors import Interrupted, NonFiniteError
+from pocl_cli.losses.divergence import KDMethod
+from pocl_cli.losses.evolving import MethodState
 from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.sampler import Sampler
 
@@ -87,6 +90,31 @@ def test_second_stage_when_it_starts_then_has_the_firsts_weights_and_nothing_els
     train(alone)
 
     assert same_weights(weights(alone.student), weights(whole.student))
+
+
+def whole_batches(epochs: Sequence[int], **kept: bool) -> list[Stage]:
+    """Stages on the same 12 rows at the same temperature: with batches of 12, their steps differ in nothing."""
+    ids = tuple(row.id for row in toy_rows(12))
+    return [Stage(index, ids, number, 1.0, 0.7, **kept) for index, number in enumerate(epochs)]
+
+
+def test_second_stage_when_it_keeps_optimizer_and_schedule_then_is_the_firsts_going_on(tmp_path):
+    kept = {"restart_optimizer": False, "restart_lr": False}
+    two = make_job(tmp_path / "two", stages=whole_batches([2, 3], **kept), global_batch_size=12)
+    one = make_job(tmp_path / "one", stages=whole_batches([5]), global_batch_size=12)
+    fresh = make_job(tmp_path / "fresh", stages=whole_batches([2, 3], restart_lr=False), global_batch_size=12)
+    for job in (two, one, fresh):
+        train(job)
+
+    assert steps_of(two) == steps_of(one)
+    assert same_weights(weights(two.student), weights(one.student))
+    # The schedule alone, with fresh moments, makes other steps from the second one of the stage on.
+    assert [step[2] for step in steps_of(fresh)] == [step[2] for step in steps_of(one)]
+    assert not same_weights(weights(fresh.student), weights(one.student))
+
+
+def steps_of(job: TrainingJob) -> list[tuple[float, float, float]]:
+    return [(line["loss"], line["grad_norm"], line["lr"]) for line in train_lines(job.folder)]
 
 
 def test_learning_rate_when_a_stage_starts_then_is_lr_again_and_falls_by_a_half_cosine(tmp_path):
@@ -492,6 +520,40 @@ def test_sigint_when_it_comes_twice_then_the_run_ends_at_once(tmp_path):
     assert newest_checkpoint(tmp_path) == "none"
 
 
+# ── a method that changes ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Counting:
+    """Forward KL that counts its steps in its state, and remembers what the loop told it."""
+
+    told: list[tuple[float, float]] = field(default_factory=list)
+    needs_teacher, t_squared = True, True
+
+    def __call__(self, student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the loop must ask for the method of the step")
+
+    def for_step(self, progress: float, state: MethodState) -> KDMethod:
+        self.told.append((progress, float(state.get("steps", torch.zeros(())))))
+        forward_kl: KDMethod = kd_methods.build({"name": "fkl", "t_squared": True})
+        return forward_kl
+
+    def after_step(self, progress: float, state: MethodState, kd: torch.Tensor) -> MethodState:
+        self.told.append((progress, float(kd)))
+        return {"steps": state.get("steps", torch.zeros_like(kd)) + 1}
+
+
+def test_method_that_evolves_when_trained_then_is_told_progress_state_and_divergence_of_every_step(tmp_path):
+    job = make_job(tmp_path)
+    job.student.method = method = Counting()
+
+    train(job)
+
+    assert method.told[::2] == [(step / 10, step) for step in range(10)]
+    assert method.told[1::2] == [((line["step"]) / 10, line["kd"]) for line in train_lines(tmp_path)]
+    assert len(method.told) == 20
+
+
 # ── waiting for the device ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -510,7 +572,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("packs", [True, False])
-@pytest.mark.parametrize("method", ["fkl", "jsd", "sft"])
+@pytest.mark.parametrize("method", ["fkl", "jsd", "sft", "taid", "ranking"])
 def test_step_between_two_lines_reads_no_value_from_the_device(tmp_path, monkeypatch, method, packs):
     waits, seen = Waits(), []
     job = make_job(
