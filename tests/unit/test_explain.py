@@ -61,7 +61,7 @@ MISTAKES = [
     ("dataset.path=a (1).jsonl", ["quote the value: 'dataset.path=\"a (1).jsonl\"'"]),
     ("kd_method", ["cannot read the override 'kd_method'", "write kd_method=VALUE"]),
     ("kd_method=fkl,rkl", ["several values in 'kd_method=fkl,rkl'", "run it with -m"]),
-    ("hydra/launcher=joblib", ["unknown hydra/launcher 'joblib'", "pip install hydra-joblib-launcher"]),
+    ("hydra/launcher=ray", ["unknown hydra/launcher 'ray'", "pip install hydra-ray-launcher"]),
 ]
 
 
