@@ -70,15 +70,15 @@ def mismatches(arm: Spent, baseline: Spent) -> list[str]:
     if arm.response_tokens is not None and baseline.response_tokens is not None:
         ours, theirs = arm.response_tokens, baseline.response_tokens
         if abs(ours - theirs) > TOLERANCE * theirs:
-            found.append(f"{ours:,} response tokens instead of {theirs:,} ({_percent(ours, theirs)})")
+            found.append(f"{_percent(ours, theirs)} response tokens")
     if arm.lr != baseline.lr:
         found.append(f"learning rate {_rates(arm)} instead of {_rates(baseline)}")
     if len(arm.schedules) != len(baseline.schedules):
-        found.append(f"{_times(arm)} of the learning rate instead of {_times(baseline)}")
+        found.append(f"{len(arm.schedules)} learning-rate cosines instead of {len(baseline.schedules)}")
     elif arm.num_steps == baseline.num_steps and arm.schedules != baseline.schedules:
         found.append(f"cosines of {_listed(arm.schedules)} steps instead of {_listed(baseline.schedules)}")
     if arm.num_optimizers != baseline.num_optimizers:
-        found.append(f"{arm.num_optimizers} fresh optimizers instead of {baseline.num_optimizers}")
+        found.append(f"{arm.num_optimizers} optimizer starts instead of {baseline.num_optimizers}")
     return found
 
 
@@ -91,11 +91,6 @@ def mean_spent(runs: Sequence[Spent]) -> Spent:
 
 def _rates(spent: Spent) -> str:
     return " → ".join(f"{rate:g}" for rate in spent.lr)
-
-
-def _times(spent: Spent) -> str:
-    count = len(spent.schedules)
-    return "one cosine" if count == 1 else f"{count} cosines"
 
 
 def _listed(numbers: Sequence[int]) -> str:

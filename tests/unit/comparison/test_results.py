@@ -104,7 +104,7 @@ def test_matching_when_the_learning_rate_falls_otherwise_then_it_is_said() -> No
     assert results.matching(outcomes(), COMPARISON) == {
         "fkl": {
             "flat": [],
-            "pocl": ["2 cosines of the learning rate instead of one cosine", "2 fresh optimizers instead of 1"],
+            "pocl": ["2 learning-rate cosines instead of 1", "2 optimizer starts instead of 1"],
         }
     }
 
