@@ -222,7 +222,7 @@ def planned_steps(chain: Any, student: LoadedModel) -> Iterator[PlannedStep]:
     """Every optimizer step of the run with its rows, in the order in which `pocl distill` takes them."""
     from pocl_cli.steps.partition import read_partition
     from pocl_cli.steps.rows import training_rows
-    from pocl_cli.steps.train import stages_of
+    from pocl_cli.steps.stages import stages_of
     from pocl_cli.training.sampler import Sampler
 
     train = chain.config.train

@@ -20,6 +20,7 @@ STEPS = {
     "partition": "rank the rows and cut them into subsets, easy to hard",
     "distill": "train the student stage by stage",
     "evaluate": "generate answers on test sets with several seeds and score them",
+    "compare": "train and evaluate arms with several seeds, and say whether they differ",
 }
 HELP = f"""\
 pocl: curriculum knowledge distillation of language models (POCL, arXiv 2506.05695)
@@ -36,6 +37,7 @@ examples
   pocl distill kd_method=rkl curriculum.stages=4     train with reverse KL in four stages
   pocl distill -m kd_method=fkl,rkl train.seed=1,2   sweep: four runs
   pocl distill plan=true                             the stage table and the costs, nothing written
+  pocl compare experiment=demo                       does the curriculum help? POCL against its controls
 
 pocl STEP --help lists a step's groups and keys; pocl STEP --cfg job prints what would run.
 """

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pocl_cli.errors import ConfigError, PoclError
-from pocl_cli.explain import COMPOSITION_ERRORS, explain, options_of, unknown_option, unresolved
+from pocl_cli.explain import COMPOSITION_ERRORS, diagnose, explain, options_of, unknown_option, unresolved
 from pocl_cli.guard import refuse_alias_bombs
 from pocl_cli.mistakes import MultiConfigError
 from pocl_cli.redaction import scrub_values
@@ -109,7 +109,8 @@ def compose_run(
     try:
         cfg = compose(config_name or step, overrides=list(overrides))
     except COMPOSITION_ERRORS as error:
-        raise MultiConfigError([explain(error)]) from error
+        errors, _ = diagnose(config_name or step, overrides, sweeps=False)
+        raise MultiConfigError(errors or [explain(error)]) from error
     return from_hydra(step, cfg, overrides, options=options, above=above)
 
 
@@ -176,7 +177,7 @@ def _recipes(
     config: PoclConfig, overrides: Sequence[str], options: tuple[str, ...], above: tuple[str, ...]
 ) -> dict[tuple[str, tuple[str, ...]], Run]:
     """The runs of `teacher.experiment` and `student.experiment`, each composed from its recipe alone."""
-    passed = [word for word in overrides if _section(word) in PASSED_ON]
+    passed = [word for word in overrides if section_of(word) in PASSED_ON]
     folders = [word for word in options if word.startswith("--config-dir")]
     known = options_of("experiment")
     runs: dict[tuple[str, tuple[str, ...]], Run] = {}
@@ -212,6 +213,6 @@ def _inside(error: PoclError, part: str, name: str) -> PoclError:
     return type(error)(error.what, where=where, why=error.why, fix=error.fix)
 
 
-def _section(override: str) -> str:
+def section_of(override: str) -> str:
     """The section or group that an override belongs to."""
     return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from pocl_cli.errors import nearest
+
 
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
@@ -252,8 +254,52 @@ class PlanConfig(Section):
     num_rows: Annotated[int, Field(ge=1)] | None
 
 
+class ComparisonConfig(Section):
+    """Arms (named sets of overrides) that `pocl compare` trains and evaluates, each with every method and seed."""
+
+    name: str
+    arms: dict[str, tuple[str, ...]]
+    only: tuple[str, ...] | None
+    baseline: str
+    steps_of: str | None
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    num_jobs: Annotated[int, Field(ge=1)] | None
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    num_resamples: Annotated[int, Field(ge=100)]
+    resampling_seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def chosen(self) -> dict[str, tuple[str, ...]]:
+        """The arms that run, in their order."""
+        return {name: words for name, words in self.arms.items() if self.only is None or name in self.only}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ComparisonConfig:
+        for name in self.arms:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"an arm is named {name!r}; a name has letters, digits, '_', '-' and '.' only")
+        for what, entries in (("seeds", self.seeds), ("methods", self.methods or ()), ("only", self.only or ())):
+            if len(set(entries)) != len(entries):
+                raise ValueError(f"{what} holds the same entry twice: {list(entries)}")
+        named = [*(("only", arm) for arm in self.only or ()), ("baseline", self.baseline), ("steps_of", self.steps_of)]
+        for what, arm in named:
+            if arm is not None and arm not in self.arms:
+                guess = nearest(arm, self.arms)
+                hint = f"; did you mean {guess!r}?" if guess else ""
+                raise ValueError(f"{what} names {arm!r}, and the arms are {', '.join(self.arms)}{hint}")
+        if len(self.chosen) < 2:
+            raise ValueError(f"a comparison needs two arms or more, and it has {len(self.chosen)}")
+        if self.baseline not in self.chosen:
+            raise ValueError(f"the baseline {self.baseline!r} is not among the arms of only={list(self.only or ())}")
+        return self
+
+
 class PoclConfig(Section):
-    """One chain: the same overrides given to the four commands address the same artifacts."""
+    """One chain: the same overrides given to the commands address the same artifacts.
+
+    `comparison` is there for `pocl compare` alone.
+    """
 
     teacher: TeacherConfig
     student: StudentConfig
@@ -270,3 +316,4 @@ class PoclConfig(Section):
     paths: PathsConfig
     plan: PlanConfig
     upstream: Literal["require", "auto"]
+    comparison: ComparisonConfig | None = None

@@ -105,7 +105,7 @@ def _without_calls(values: Any) -> Any:
 
 def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
     """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
-    trains = step == "distill" or (step == "evaluate" and _evaluates_the_student(config))
+    trains = step in ("distill", "compare") or (step == "evaluate" and _evaluates_the_student(config))
     if trains and config.kd_method.needs_teacher and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
@@ -117,8 +117,16 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             config.tracker.check()
         except ConfigError as error:
             yield error
-    if config.plan.enabled and step != "distill":
-        yield ConfigError(f"plan=true with pocl {step}", why="only distill has a plan", fix="pocl distill plan=true …")
+    if config.plan.enabled and step not in ("distill", "compare"):
+        yield ConfigError(
+            f"plan=true with pocl {step}", why="only distill and compare have a plan", fix="pocl distill plan=true …"
+        )
+    if step == "compare" and not _evaluates_the_student(config):
+        yield ConfigError(
+            "pocl compare with evaluation.model or evaluation.predictions",
+            why="it evaluates the students of its arms",
+            fix="leave both out",
+        )
     if config.plan.num_rows is not None and not config.plan.enabled:
         yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
     if config.plan.num_rows is not None and config.curriculum.needs_partition:

@@ -24,7 +24,15 @@ from pocl_cli.steps.result import obtain
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
+VERSIONS = {
+    "scores": 2,
+    "partitions": 2,
+    "teacher_signals": 1,
+    "students": 2,
+    "evaluations": 2,
+    "conversions": 1,
+    "comparisons": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -193,10 +201,20 @@ class Chain:
         return source, source.label
 
     @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """How models are evaluated: the data sets, and how answers are drawn."""
+        evaluation = self.config.evaluation
+        return {
+            "datasets": {one.name: self._dataset(one) for one in evaluation.datasets},
+            "seeds": list(evaluation.seeds),
+            "decoding": evaluation.decoding.model_dump(mode="json"),
+        }
+
+    @cached_property
     def evaluation_key(self) -> ArtifactKey:
         """The evaluation of a model, or of answers made elsewhere, on the configured sets."""
         evaluation = self.config.evaluation
-        identity: dict[str, Any] = {"datasets": {one.name: self._dataset(one) for one in evaluation.datasets}}
+        identity: dict[str, Any] = {"datasets": self.protocol["datasets"]}
         if evaluation.predictions is not None:
             path = Path(evaluation.predictions).expanduser()
             if not path.is_file():
@@ -206,10 +224,9 @@ class Chain:
             identity["model"] = {"predictions": sha256_file(path)}
         else:
             source, label = self.evaluated
-            identity |= {
+            identity = {
+                **self.protocol,
                 "model": source.identity,
-                "seeds": list(evaluation.seeds),
-                "decoding": evaluation.decoding.model_dump(mode="json"),
                 "precision": self.config.hardware.precision,
             }
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run_step(run: Run) -> StepResult | None:
     """The result of `run`, found or made; None where only a plan was asked for."""
-    if not run.config.plan.enabled:
+    if run.step != "compare" and not run.config.plan.enabled:
         found = find_finished(run)
         if found is not None:
             return found

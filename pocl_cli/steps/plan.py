@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocl_cli import tables
-from pocl_cli.curriculum.partition import cut
-from pocl_cli.curriculum.stage_table import StageRow, stage_table
-from pocl_cli.data.sources import load_dataset
-from pocl_cli.data.split import split_dev
 from pocl_cli.data.template import encode
 from pocl_cli.errors import PoclError
-from pocl_cli.records import Subset, TokenisedRow
+from pocl_cli.records import TokenisedRow
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
-from pocl_cli.steps.partition import read_partition
-from pocl_cli.steps.result import obtain
+from pocl_cli.steps.stages import planned_table, training_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pocl_cli.curriculum.stage_table import StageRow
     from pocl_cli.models.source import ModelSource
     from pocl_cli.records import Record
     from pocl_cli.schema import PoclConfig
@@ -43,40 +38,15 @@ def show(chain: Chain) -> None:
     """Prints the resolved stage table, what would stop the run, and estimates, as far as they can be known."""
     config = chain.config
     chain = replace(chain, run=replace(chain.run, config=config.model_copy(update={"upstream": "require"})))
-    records = None if config.plan.num_rows is not None else _training_records(config)
+    records = None if config.plan.num_rows is not None else training_records(config)
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
-    ids = [str(number) for number in range(num_rows)]
-    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(_parts(chain, num_rows))]
-    table = stage_table(
-        config.curriculum(subsets),
-        global_batch_size=config.train.global_batch_size,
-        drop_last=config.train.drop_last,
-        lr=config.train.lr,
-        lr_end=config.train.lr_end,
-        max_steps=config.train.max_steps,
-    )
+    table = planned_table(chain, num_rows)
     tables.stage_table(table)
     if records is not None:
         rows = checks.verdicts(checks.of_plan(chain))
         tables.results_table("Checks, before any weights are read", ["check", "verdict", "finding"], rows)
     tables.summary_panel("plan", _estimates(chain, table, records))
-
-
-def _parts(chain: Chain, num_rows: int) -> Sequence[range]:
-    """The subsets as far as their sizes go. Borders in the difficulty are known once the partition is made."""
-    config = chain.config
-    if not config.curriculum.needs_partition:
-        return [range(num_rows)]
-    if config.partition.by == "counts":
-        return cut(num_rows, config.curriculum.stages)
-    partition = obtain(chain.run, "partition", chain.partition_key, chain.store)
-    ends = [0, *itertools.accumulate(len(subset.record_ids) for subset in read_partition(chain.store, partition))]
-    return [range(start, end) for start, end in itertools.pairwise(ends)]
-
-
-def _training_records(config: PoclConfig) -> Sequence[Record]:
-    return split_dev(load_dataset(config.dataset).records, config.dataset.dev_size, config.dataset.seed)[0]
 
 
 def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.curriculum.audit import StageAudit, audit
-from pocl_cli.curriculum.stage_table import StageRow, stage_table
+from pocl_cli.curriculum.stage_table import StageRow
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
@@ -28,12 +28,13 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import align_vocabularies
 from pocl_cli.records import Stage, Subset
-from pocl_cli.schema import PoclConfig, TrainConfig
+from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.stages import stages_of
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
@@ -121,18 +122,6 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         _write_model(folder, chain, loaded, table, figures)
     processes.barrier()
     return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
-
-
-def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
-    """The stage table under the `train` section."""
-    return stage_table(
-        stages,
-        global_batch_size=config.global_batch_size,
-        drop_last=config.drop_last,
-        lr=config.lr,
-        lr_end=config.lr_end,
-        max_steps=config.max_steps,
-    )
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:

@@ -28,16 +28,27 @@ from pocl_cli.training.state import Best, TrainingState
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pocl_cli.losses.evolving import MethodState
+
 KEPT = 2
+
+_METHOD_FILE = "method.safetensors"
 
 # What reading a damaged file raises; a missing one is a ResourceError where it is hashed.
 _DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeError, SafetensorError)
 
 
-def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def save(
+    folder: Path,
+    state: TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    method_state: MethodState | None = None,
+) -> None:
     """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
 
-    `optimizer` is None between stages, where the next stage starts with a fresh one.
+    `optimizer` is None between stages, where the next stage starts with a fresh one; `method_state` is that of a KD
+    method which evolves.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
     partial = folder / f".partial-{target.name}"
@@ -47,6 +58,8 @@ def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.
     durable.write_safetensors(partial / "model.safetensors", model_tensors(model))
     if optimizer is not None:
         durable.write_safetensors(partial / "optimizer.safetensors", _optimizer_tensors(optimizer, model))
+    if method_state:
+        durable.write_safetensors(partial / _METHOD_FILE, dict(method_state))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
     record = {"state": state.to_json(), "files": files, "conditions": _conditions(model)}
     durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
@@ -104,6 +117,14 @@ def refuse_other_teacher(folder: Path, source: str | None) -> None:
             before = {"teacher": None}
         _refuse_other_conditions(checkpoints[-1], before, now)
     durable.write_json(path, now)
+
+
+def load_method_state(path: Path, model: nn.Module) -> MethodState:
+    """The state of the KD method in a checkpoint folder, on the device of `model`; empty where it has none."""
+    file = path / _METHOD_FILE
+    if not file.exists():
+        return {}
+    return load_file(file, device=str(next(model.parameters()).device))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

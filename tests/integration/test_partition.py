@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pocl_cli.config import Run
 from pocl_cli.difficulty.random import Random
 from pocl_cli.records import Record
+from pocl_cli.run import Run
 from pocl_cli.steps import partition, plan
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.score import SCORES

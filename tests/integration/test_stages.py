@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_cli.artifacts import Artifact, Store
 from pocl_cli.artifacts.manifest import verify
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import load_tokenizer
 from pocl_cli.registry import schedulers
+from pocl_cli.run import Run
 from pocl_cli.steps import distill
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.rows import training_rows

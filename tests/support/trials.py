@@ -23,8 +23,9 @@ from pocl_cli import cli, faults, interrupts, log
 from pocl_cli.artifacts import Store
 from pocl_cli.artifacts.hashing import sha256_file
 from pocl_cli.artifacts.manifest import KINDS, verify
-from pocl_cli.config import Run, compose_run, conf_dir
+from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.errors import Interrupted
+from pocl_cli.run import Run
 from pocl_cli.steps import dispatch, distill, evaluate, partition, score
 
 from .tally import trial

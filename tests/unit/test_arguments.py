@@ -90,6 +90,7 @@ def test_read_when_a_pickle_is_to_be_read_then_it_is_refused(words: list[str]) -
         ("teacher.overrides=['a=1,2',b={x: 1}]", "teacher.overrides=['a=1,2',\"b={x: 1}\"]"),
         ('teacher.overrides=["a=1"]', 'teacher.overrides=["a=1"]'),
         ("teacher.overrides=[]", "teacher.overrides=[]"),
+        ("+comparison.arms.mine=[train.lr=1,b]", '+comparison.arms.mine=["train.lr=1",b]'),
         ("train.lr=[a=1]", "train.lr=[a=1]"),
     ],
 )

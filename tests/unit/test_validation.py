@@ -156,7 +156,7 @@ def test_validate_when_there_is_no_teacher_then_only_steps_that_need_one_refuse(
 @pytest.mark.parametrize("step", ["score", "partition", "evaluate"])
 def test_validate_when_another_step_is_planned_then_it_is_refused(composed: Composed, step: str) -> None:
     assert mistakes(composed, {"plan.enabled": True}, step) == [
-        f"plan=true with pocl {step} — only distill has a plan — pocl distill plan=true …"
+        f"plan=true with pocl {step} — only distill and compare have a plan — pocl distill plan=true …"
     ]
 
 
