@@ -17,7 +17,7 @@ from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import load_model, load_tokenizer
+from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import ScoredRecord, TokenisedRow
@@ -32,6 +32,7 @@ from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.shard_files import SHARDS, ShardFiles
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
+from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.shards import in_shards
@@ -47,6 +48,7 @@ MEASURED = pa.schema(
         ("cross_entropy", pa.float64()),
         ("generation", pa.string()),
         ("rouge_l", pa.float64()),
+        ("cross_entropy_alone", pa.float64()),
     ]
 )
 # `instruction` is its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
@@ -155,7 +157,7 @@ def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
 
 
 def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
-    """Cross entropy, an answer, and the answer's ROUGE-L."""
+    """Cross entropy with the prompt and without it, an answer, and the answer's ROUGE-L."""
     config = chain.config
     decoding = DecodingConfig(
         sampling_temperature=config.score.sampling_temperature,
@@ -171,13 +173,30 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
         measured, (answers,) = measure_and_answer(
             headed, loaded, shard, decoding=decoding, seeds=[config.score.seed], purpose="score", hardware=hardware
         )
-        _refuse_non_finite(measured, "student")
+        alone = measure_cross_entropy(
+            headed,
+            [replace(row, prompt_ids=(_first_token(loaded),)) for row in shard],
+            num_real_tokens=num_real_tokens(loaded.tokenizer),
+            hardware=hardware,
+        )
+        _refuse_non_finite([*measured, *alone], "student")
         return [
-            replace(row, generation=one.text, rouge_l=rouge_l(one.text, rows.records[row.id].references))
-            for row, one in zip(measured, answers, strict=True)
+            replace(
+                row,
+                generation=one.text,
+                rouge_l=rouge_l(one.text, rows.records[row.id].references),
+                cross_entropy_alone=without.cross_entropy,
+            )
+            for row, one, without in zip(measured, answers, alone, strict=True)
         ]
 
     return measure
+
+
+def _first_token(loaded: LoadedModel) -> int:
+    """The token that begins a text, so that a response can be read alone: BOS, or EOS where there is none."""
+    begins = loaded.tokenizer.bos_token_id
+    return int(begins) if begins is not None else min(loaded.eos_token_ids)
 
 
 def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:
