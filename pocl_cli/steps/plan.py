@@ -13,6 +13,7 @@ from pocl_cli.errors import ArtifactError, ResourceError
 from pocl_cli.records import TokenisedRow
 from pocl_cli.steps.stages import planned_table, training_records
 from pocl_cli.training.checkpoint import KEPT
+from pocl_cli.validation import may_end_early
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +65,8 @@ def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record
         min(row["steps"] * config.train.global_batch_size, row["epochs"] * row["num_rows"]) for row in table
     )
     estimates: dict[str, Any] = {"steps": steps, "sequences": sequences}
+    if may_end_early(config):
+        estimates["these are the most"] = "stages may end early (curriculum.convergence)"
     if records is None:
         tokens = sequences * config.dataset.max_tokens
         estimates["tokens at most"] = tokens
