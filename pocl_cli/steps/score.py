@@ -17,12 +17,13 @@ from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import LoadedModel, check_context, load_model, load_tokenizer, read_config
-from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
+from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
+from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig
+from pocl_cli.steps import checks
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import do_part
@@ -70,7 +71,7 @@ def _measure(chain: Chain, who: str) -> StepResult:
     with chain.store.open_work(key) as work:
         if work.finished is not None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
-        _check_models(chain, who)
+        checks.refuse_early(checks.of_measuring(chain, who))
         measured = do_part(f"score_{who}", chain, work)
         artifact = work.commit(
             config=chain.run.resolved,
@@ -83,17 +84,6 @@ def _measure(chain: Chain, who: str) -> StepResult:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in measured["figures"].items())
     get_logger().info("the %s on %d rows: %s", who, measured["num_rows"], figures)
     return StepResult(artifact, made=True, figures=measured["figures"])
-
-
-def _check_models(chain: Chain, who: str) -> None:
-    """What can be known before the weights are read: tokenizers that differ, a context that is too short."""
-    source = chain.student if who == "student" else chain.teacher
-    assert source is not None, "a chain without a teacher has no teacher to measure"
-    if who == "teacher":
-        compare_tokenizers(load_tokenizer(source), load_tokenizer(chain.student))
-    new_tokens = chain.config.score.max_new_tokens if who == "student" else 0
-    needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
-    check_context(read_config(source), needed)
 
 
 # ── inside each process ───────────────────────────────────────────────────────────────────────────────────────────────
