@@ -135,8 +135,14 @@ def train(job: TrainingJob) -> TrainingState:
             if state.dev_due:
                 state = _evaluate_dev(job, journal, state, stage, sampler, signals)
 
+            before = sum(one["steps"] for one in job.table[: state.stage])
             waited = _Waited(state)
             for stage_step in range(state.stage_step, row["steps"]):
+                if state.converged:
+                    get_logger().info("stage %d has converged after %d steps", stage.index, stage_step)
+                    job.show(row["steps"] - stage_step)
+                    break
+
                 # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
                 torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                 lr = rate.at(stage_step)
@@ -148,7 +154,7 @@ def train(job: TrainingJob) -> TrainingState:
                 num_tokens = sum(len(one.response_ids) for one in rows)
                 student.train()
                 optimizer.zero_grad(set_to_none=True)
-                method = for_step(student.method, state.step / num_steps, method_state)
+                method = for_step(student.method, (before + stage_step) / num_steps, method_state)
                 with signals.at_once():
                     loss, ce, kd = _accumulate(job, rows, stage, method, num_tokens)
                 grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
@@ -157,7 +163,7 @@ def train(job: TrainingJob) -> TrainingState:
                 state = replace(
                     state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
                 )
-                method_state = after_step(student.method, state.step / num_steps, method_state, kd)
+                method_state = after_step(student.method, (before + stage_step + 1) / num_steps, method_state, kd)
 
                 # ── log ───────────────────────────────────────────────────────────────────────────────────────────
                 epoch, last = sampler.epoch(stage_step), stage_step + 1 == row["steps"]
@@ -202,7 +208,7 @@ def train(job: TrainingJob) -> TrainingState:
             if settings.keep_best and state.best is not None:
                 checkpoint.load_best(checkpoints, state.best, student.backbone)
                 processes.barrier()  # the next checkpoint removes what has now been read
-            state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
+            state = state.next_stage()
             kept = optimizer if _keeps_optimizer(job, state.stage) else None
             state = saved = _save(job, journal, state, method_state, kept)
             resumed_from = None
@@ -285,7 +291,7 @@ def _evaluate_dev(
         figures = job.evaluate_dev()
     epoch = sampler.epoch(state.stage_step - 1) + 1
     journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
-    state = replace(state, dev_due=False)
+    state = replace(state, dev_due=False).after(figures, stage.convergence, epoch)
     if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
         return state
     written = (

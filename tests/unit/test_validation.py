@@ -85,6 +85,15 @@ MISTAKES = [
     ({"curriculum.exposure": "balance"}, ["did you mean curriculum.exposure=balanced?"]),
     ({"difficulty": {"name": "mean_rank", "members": ["ifdd"]}}, ["unknown difficulty 'ifdd'", "did you mean 'ifd'?"]),
     ({"difficulty": {"name": "teacher_gap"}, "score.teacher": False}, ["difficulty=teacher_gap needs the teacher's"]),
+    (
+        {"curriculum.convergence.metric": "dev_rouge_l", "train.evaluate_every": 0},
+        ["convergence.metric=dev_rouge_l without dev evaluations", "set train.evaluate_every"],
+    ),
+    (
+        {"curriculum.convergence.metric": "dev_rouge_l", "train.max_steps": 9},
+        ["convergence.metric=dev_rouge_l with train.max_steps", "set train.max_steps=null"],
+    ),
+    ({"curriculum.convergence.patience": 0}, ["set curriculum.convergence.patience to a number of at least 1"]),
     ({"partition.by": "thresholds"}, ["section 'partition' contradicts itself", "needs the borders"]),
     ({"partition.at": [0.5]}, ["by=counts has none"]),
     ({"partition.by": "quantiles", "partition.at": [0.2, 0.5, 1]}, ["between 0 and 1"]),
