@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+# Before the name of a column of scores that is the teacher's.
+TEACHER = "teacher_"
 
 _BEGINNING_CHARS = 200
 
@@ -58,7 +61,10 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRecord:
-    """One model on one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated."""
+    """One model on one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated.
+
+    `cross_entropy_alone` is that of the response without its prompt, after the token that begins a text; the student's.
+    """
 
     id: str
     num_prompt_tokens: int
@@ -66,6 +72,12 @@ class ScoredRecord:
     cross_entropy: float
     generation: str | None = None
     rouge_l: float | None = None
+    cross_entropy_alone: float | None = None
+
+
+def reads_teacher(columns: Iterable[str]) -> bool:
+    """Whether the teacher's scores are among the columns that a difficulty reads."""
+    return any(name.startswith(TEACHER) for name in columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +90,24 @@ class Subset:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is trained on from one restart of the optimizer to the next. `lr` is the stage's first learning rate."""
+    """What is trained on at one temperature and kd_ratio.
+
+    Attributes:
+        index: counted from 0.
+        record_ids: its rows.
+        epochs: passes over them.
+        temperature: of the distillation.
+        kd_ratio: weight of the distillation term.
+        times: how often the stage sees each row in all, epochs × rows together; None: once an epoch.
+        restart_optimizer: it starts with fresh moments (the first stage always does).
+        restart_lr: it starts the learning-rate schedule afresh (the first stage always does).
+    """
 
     index: int
     record_ids: tuple[str, ...]
     epochs: int
     temperature: float
     kd_ratio: float
+    times: tuple[int, ...] | None = None
+    restart_optimizer: bool = True
+    restart_lr: bool = True

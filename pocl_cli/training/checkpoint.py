@@ -21,6 +21,7 @@ from pocl_cli.artifacts.hashing import canonical_json, sha256_file
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
+from pocl_cli.paths import confined
 from pocl_cli.training.parallel import num_processes
 from pocl_cli.training.state import Best, TrainingState
 
@@ -192,7 +193,7 @@ def _read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
     """The state of a checkpoint and the conditions it was made under, once every file of it is as it was written."""
     record = _read_record(path)
     for name, digest in record["files"].items():
-        _check_digest(path / name, digest)
+        _check_digest(confined(path, name), digest)
     state = TrainingState.from_json(record["state"])
     if state.best is not None:
         _check_digest(_best_file(path.parent, state.best.step), state.best.sha256)

@@ -12,12 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from pocl_cli.errors import WorkerError
+
+if TYPE_CHECKING:
+    from pocl_cli.processes.outer import Outer
 
 # Gradients are summed in groups of so many bytes: fewer calls than parameters, little memory beside the gradients.
 BUCKET_BYTES = 2**25
@@ -29,10 +35,12 @@ class Processes:
     Attributes:
         rank: which process this is, from 0.
         size: how many there are.
+        local_rank: which process of its machine this is, from 0.
     """
 
     rank = 0
     size = 1
+    local_rank = 0
 
     @property
     def is_first(self) -> bool:
@@ -62,10 +70,10 @@ ALONE = Processes()
 
 
 class ProcessGroup(Processes):
-    """One of several processes, made by `join`."""
+    """One of several processes, made by `join` or `join_launched`."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
+        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
         self._trained: list[nn.Parameter] | None = None
 
     def sum(self, values: Tensor) -> Tensor:
@@ -120,16 +128,64 @@ def join(rank: int, size: int, folder: Path, *, device: torch.device, timeout_se
     Raises:
         WorkerError: a process does not come in time.
     """
+    _bind_to_loopback()
+    with _in_touch():
+        store = FileStore(str(folder / "rendezvous"), size)
+    with _grouped(store, rank, size, device, timeout_seconds):
+        yield ProcessGroup(rank, size, rank, device)
+
+
+class Board:
+    """Short texts that every process of a launcher can write and read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = PrefixStore("pocl", store)
+
+    def write(self, name: str, text: str) -> None:
+        """Raises WorkerError where the process that keeps the board is gone."""
+        with _in_touch():
+            self._store.set(name, text)
+
+    def read(self, name: str) -> str | None:
+        """None where nothing has been written. Raises WorkerError where the process that keeps the board is gone."""
+        with _in_touch():
+            return self._store.get(name).decode() if self._store.check([name]) else None
+
+
+@contextmanager
+def join_launched(
+    outer: Outer, *, device: torch.device, timeout_seconds: float
+) -> Iterator[tuple[Board, ProcessGroup]]:
+    """Meets the other processes that a launcher started, where it says (`MASTER_ADDR` and `MASTER_PORT`).
+
+    Raises WorkerError where one does not come in time.
+    """
+    if outer.num_nodes == 1:
+        _bind_to_loopback()
+    os.environ.update(RANK=str(outer.rank), WORLD_SIZE=str(outer.size))
+    os.environ.setdefault("MASTER_PORT", "29500")
+    with _in_touch():
+        meeting = rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))
+        store, rank, size = next(iter(meeting))
+    with _grouped(PrefixStore("group", store), rank, size, device, timeout_seconds):
+        yield Board(store), ProcessGroup(rank, size, outer.local_rank, device)
+
+
+def _bind_to_loopback() -> None:
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+
+
+@contextmanager
+def _grouped(store: Store, rank: int, size: int, device: torch.device, timeout_seconds: float) -> Iterator[None]:
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _in_touch():
+        store.set_timeout(timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        place = (folder / "rendezvous").absolute().as_uri()
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
-    yield ProcessGroup(rank, size, device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    yield
     dist.destroy_process_group()
 
 
