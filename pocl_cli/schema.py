@@ -190,6 +190,7 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=1)]
     evaluate_every: Annotated[int, Field(ge=0)]
     checkpoint_policy: Literal["last", "best"]
+    dev_rows: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None
     dev_decoding: DecodingConfig
 
     @model_validator(mode="after")

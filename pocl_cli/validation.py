@@ -150,6 +150,7 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="teacher=none",
             fix="choose a teacher with teacher=NAME or teacher.path=…",
         )
+    yield from _dev_rows_fit(config)
     limit, dev_size = config.dataset.limit, config.dataset.dev_size
     if limit is not None and dev_size >= limit:
         yield ConfigError(
@@ -159,6 +160,23 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         )
     elif limit is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, limit - dev_size, f"dataset.limit={limit} less dataset.dev_size={dev_size}")
+
+
+def _dev_rows_fit(config: PoclConfig) -> Iterator[PoclError]:
+    dev_rows, stages = config.train.dev_rows, config.curriculum.stages
+    if isinstance(dev_rows, tuple) and len(dev_rows) != stages:
+        yield ConfigError(
+            f"train.dev_rows={list(dev_rows)} does not fit curriculum.stages={stages}",
+            why=f"it has {len(dev_rows)} numbers for {stages} stages",
+            fix="give one number for all stages, or a list with one a stage",
+        )
+    most = max(dev_rows if isinstance(dev_rows, tuple) else (dev_rows or 0,), default=0)
+    if most > config.dataset.dev_size:
+        yield ConfigError(
+            f"train.dev_rows={most} is more than there are dev rows",
+            why=f"dataset.dev_size={config.dataset.dev_size}",
+            fix="make dev_rows smaller or dev_size larger",
+        )
 
 
 def _evaluates_the_student(config: PoclConfig) -> bool:

@@ -188,8 +188,8 @@ def _job(
         max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
     )
 
-    def evaluate_dev() -> dict[str, float]:
-        return _dev_figures(config, student, loaded, rows, hardware, processes)
+    def evaluate_dev(stage: int) -> dict[str, float]:
+        return _dev_figures(config, student, loaded, rows, hardware, processes, stage)
 
     return TrainingJob(
         student=student,
@@ -210,10 +210,13 @@ def _dev_figures(
     rows: TrainingRows,
     hardware: Hardware,
     processes: Processes,
+    stage: int,
 ) -> dict[str, float]:
-    """Cross entropy and, by generation, ROUGE-L on the dev rows, of which each process measures a share."""
+    """Cross entropy and, by generation, ROUGE-L on the stage's dev rows, of which each process measures a share."""
     assert rows.dev is not None, "no dev rows"
-    places = {record_id: place for place, record_id in enumerate(rows.dev.ids)}
+    limit = config.train.dev_rows
+    ids = rows.dev.ids[: limit[stage] if isinstance(limit, tuple) else limit]
+    places = {record_id: place for place, record_id in enumerate(ids)}
     own = share([rows.dev.row(record_id) for record_id in places], processes.rank, processes.size)
     measured, (answers,) = measure_and_answer(
         student.headed,

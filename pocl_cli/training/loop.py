@@ -62,7 +62,9 @@ class LoopSettings:
 
 @dataclass
 class TrainingJob:
-    """Everything that one run needs. `evaluate_dev` gives the dev figures of the student as it stands (`dev_*`).
+    """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
+
+    It is told the stage's index: the stages may be measured on different numbers of rows.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -73,7 +75,7 @@ class TrainingJob:
     rows: Rows
     settings: LoopSettings
     folder: Path
-    evaluate_dev: Callable[[], dict[str, float]] | None
+    evaluate_dev: Callable[[int], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
@@ -103,7 +105,7 @@ def train(job: TrainingJob) -> TrainingState:
         get_logger().info("resuming after step %d (stage %d)", state.step, state.stage)
         job.show(state.step)
     elif job.evaluate_dev is not None:
-        journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
+        journal.dev_line(job.evaluate_dev(0), step=0, stage=0, epoch=0)
 
     rates = learning_rates(job.stages, _schedule_steps(job), start=settings.lr, end=settings.lr_end)
     saved, optimizer, guard = state, None, None
@@ -288,7 +290,7 @@ def _evaluate_dev(
     """Evaluates the student on the dev rows; saves it where it beats the stage's best so far."""
     assert job.evaluate_dev is not None, "an evaluation is due only where there is one"
     with signals.at_once():
-        figures = job.evaluate_dev()
+        figures = job.evaluate_dev(stage.index)
     epoch = sampler.epoch(state.stage_step - 1) + 1
     journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
     state = replace(state, dev_due=False).after(figures, stage.convergence, epoch)

@@ -248,6 +248,17 @@ def test_run_when_partial_batches_are_dropped_then_makes_whole_ones_only(distil)
     assert {steps.count(step) for step in steps} == {5}
 
 
+def test_dev_figures_when_a_stage_has_fewer_dev_rows_then_are_those_of_the_first_ones_and_training_is_the_same(distil):
+    whole = distil(checkpoint_policy="last")
+    fewer, one = (distil(checkpoint_policy="last", dev_rows=dev_rows) for dev_rows in ((6, 1), 1))
+
+    of_whole, of_fewer, of_one = (dev_lines(artifact.path) for artifact in (whole, fewer, one))
+    assert [line["stage"] for line in of_fewer] == [0, 0, 0, 1, 1]
+    assert of_fewer == [*of_whole[:3], *of_one[3:]]
+    assert of_one[3]["dev_cross_entropy"] != of_whole[3]["dev_cross_entropy"]
+    assert train_lines(fewer.path) == train_lines(whole.path)
+
+
 # ── what decides the numbers, and what does not ───────────────────────────────────────────────────────────────────
 
 

@@ -80,6 +80,8 @@ MISTAKES = [
     ({"teacher.path": None, "teacher.name": "none"}, ["kd_method=fkl needs a teacher", "kd_method=sft"]),
     ({"dataset.limit": 5, "dataset.dev_size": 5}, ["dataset.dev_size=5 takes all of dataset.limit=5", "dev_size=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 2}, ["curriculum.stages=4 is more than there are training rows"]),
+    ({"train.dev_rows": [9, 9]}, ["train.dev_rows=[9, 9] does not fit curriculum.stages=4", "2 numbers for 4 stages"]),
+    ({"train.dev_rows": 1001}, ["train.dev_rows=1001 is more than there are dev rows", "dataset.dev_size=1000"]),
     ({"plan.num_rows": 3}, ["plan.num_rows without plan=true", "add plan=true"]),
     ({"curriculum.temperature.values": [1, 2]}, ["[1.0, 2.0] has 2 numbers for 4 stages", "values=null for a ramp"]),
     ({"curriculum.exposure": "balance"}, ["did you mean curriculum.exposure=balanced?"]),

@@ -53,7 +53,7 @@ class ChosenFigures:
         self.student, self.figures = job.student, figures
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, stage: int) -> dict[str, float]:
         rouge_l, cross_entropy = self.figures[len(self.seen)]
         self.seen.append(weights(self.student))
         return {"dev_rouge_l": rouge_l, "dev_cross_entropy": cross_entropy}
@@ -521,12 +521,12 @@ def test_signal_when_it_comes_inside_a_dev_evaluation_then_it_is_given_up_at_onc
     job = make_job(folder, evaluates=True, keep_best=True)
     begun, ended = [], []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(stage: int) -> dict[str, float]:
         if len(begun) == evaluation:
             begun.append(1)
             kill_self(signal.SIGTERM)()
         begun.append(1)
-        figures = job.evaluate_dev()
+        figures = job.evaluate_dev(stage)
         ended.append(1)
         return figures
 
