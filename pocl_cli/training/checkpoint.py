@@ -21,7 +21,7 @@ from pocl_cli.artifacts.hashing import canonical_json, sha256_file
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
-from pocl_cli.training.parallel import num_processes
+from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
@@ -33,10 +33,17 @@ KEPT = 2
 _DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeError, SafetensorError)
 
 
-def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def save(
+    folder: Path,
+    state: TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    processes: Processes = ALONE,
+) -> None:
     """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
 
-    `optimizer` is None between stages, where the next stage starts with a fresh one.
+    `optimizer` is None between stages, where the next stage starts with a fresh one. What is written does not depend on
+    how `processes` share the work, but what comes of it does.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
     partial = folder / f".partial-{target.name}"
@@ -47,20 +54,20 @@ def save(folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.
     if optimizer is not None:
         durable.write_safetensors(partial / "optimizer.safetensors", _optimizer_tensors(optimizer, model))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-    record = {"state": state.to_json(), "files": files, "conditions": _conditions(model)}
+    record = {"state": state.to_json(), "files": files, "conditions": _conditions(model, processes)}
     durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
     durable.remove_tree(target)
     durable.rename(partial, target)
     _prune(folder)
 
 
-def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | None:
+def load_newest(folder: Path, model: nn.Module, processes: Processes = ALONE) -> tuple[TrainingState, Path] | None:
     """Loads the newest whole checkpoint into `model`. None where there is no checkpoint at all.
 
     Raises:
         ArtifactError: there are checkpoints, and every one is damaged; or the newest whole one was made with other
-            library versions, on another device or with another number of threads or processes, which would give other
-            bytes.
+            library versions, on another device, or with threads or processes in another number or way, which would
+            give other bytes.
     """
     checkpoints = _checkpoints(folder)
     for path in reversed(checkpoints):
@@ -70,7 +77,7 @@ def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | 
         except _DAMAGES as error:
             get_logger().warning("checkpoint %s is damaged (%s); trying the one before it", path.name, error)
             continue
-        _refuse_other_conditions(path, conditions, _conditions(model))
+        _refuse_other_conditions(path, conditions, _conditions(model, processes))
         load_model_tensors(model, tensors)
         return state, path
     if checkpoints:
@@ -194,7 +201,7 @@ def _check_digest(path: Path, digest: str) -> None:
         raise ValueError(f"{path.name} does not match its sha256")
 
 
-def _conditions(model: nn.Module) -> dict[str, Any]:
+def _conditions(model: nn.Module, processes: Processes) -> dict[str, Any]:
     """What decides the bytes of a run beside its configuration."""
     device = next(model.parameters()).device.type
     return {
@@ -203,7 +210,8 @@ def _conditions(model: nn.Module) -> dict[str, Any]:
         "device": device,
         # Sums are split among threads on the CPU only.
         "num_threads": torch.get_num_threads() if device == "cpu" else None,
-        "num_processes": num_processes(),
+        "num_processes": processes.size,
+        "parallel": processes.parallel,
     }
 
 
@@ -214,8 +222,8 @@ def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, 
             where=str(path),
             why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
             fix=(
-                "restore them (hardware.num_threads, hardware.num_processes, hardware.device, teacher.store, the "
-                f"packages), or {_afresh(path.parent)}"
+                "restore them (hardware.num_threads, hardware.num_processes, hardware.parallel, hardware.device, "
+                f"teacher.store, the packages), or {_afresh(path.parent)}"
             ),
         )
 
