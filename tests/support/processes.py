@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
