@@ -93,7 +93,7 @@ def _text_config(config: PreTrainedConfig) -> Any:
 
 
 def _decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
-    """The module and attribute that hold the decoder layers: the largest list of as many modules as there are layers."""
+    """The module and attribute that hold the decoder layers: the largest list of as many modules as it has layers."""
     num_layers = _text_config(model.config).num_hidden_layers
     found = [
         (sum(parameter.numel() for parameter in child.parameters()), -place, parent, name)

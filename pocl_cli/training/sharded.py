@@ -48,10 +48,7 @@ class ShardedReplica(Replica):
             # The loss is divided by the tokens of all processes already: gradients are summed, not averaged.
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
-        self._shards: dict[nn.Parameter, DTensor] = {
-            parameter: _as_shard(shard)
-            for parameter, shard in zip(student.parameters(), sharded.parameters(), strict=True)
-        }
+        self._shards = dict(zip(_tensors(student), map(_as_shard, sharded.parameters()), strict=True))
         self._hold_parts()
         if student.teacher is not None and student.teacher.backbone is not None:
             for layer in decoder_layers(student.teacher.backbone):
@@ -85,7 +82,7 @@ class ShardedReplica(Replica):
         gradients = [parameter.grad for parameter in self._shards if parameter.grad is not None]
         # Rounded once at the end: the squares of float32 norms need a wider range.
         square = torch.nn.utils.get_total_norm(gradients).double() ** 2
-        norm = self.processes.sum(square.to(self.processes.device)).sqrt().to(gradients[0].dtype)
+        norm = self.processes.sum(square).sqrt().to(gradients[0].dtype)
         torch.nn.utils.clip_grads_with_norm_(self._shards, max_norm, norm)
         return norm
 
@@ -97,11 +94,10 @@ class ShardedReplica(Replica):
             yield
             if changes:
                 for parameter, shard in self._shards.items():
-                    shard.to_local().copy_(self._part_of(parameter.detach(), shard))
-                for parameter, slots in (optimizer.state if optimizer is not None else {}).items():
-                    before[parameter] = {
-                        name: self._part_of(value, self._shards[parameter]).clone() for name, value in slots.items()
-                    }
+                    shard.to_local().detach().copy_(self._part_of(parameter.detach(), shard))
+                for parameter, slots in optimizer.state.items() if optimizer is not None else ():
+                    shard = self._shards[parameter]
+                    before[parameter] = {name: self._part_of(value, shard).clone() for name, value in slots.items()}
         finally:
             if optimizer is not None:
                 optimizer.state.update(before)
@@ -112,11 +108,11 @@ class ShardedReplica(Replica):
 
     def _hold_everything(self) -> None:
         for parameter, shard in self._shards.items():
-            parameter.data = _gathered(shard.detach())
+            parameter.data = _gathered(shard)
 
     def _hold_parts(self) -> None:
         for parameter, shard in self._shards.items():
-            parameter.data = shard.detach().to_local()
+            parameter.data = shard.to_local().detach()
 
     def _gather_state(self, optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
         """Makes the state of `optimizer` whole in the first process; what this process had of it."""
@@ -191,13 +187,17 @@ def _second_student(student: StudentWithObjective) -> StudentWithObjective:
     return copy.deepcopy(student, known)
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return module.parameters()
+
+
 def _as_shard(parameter: nn.Parameter) -> DTensor:
     assert isinstance(parameter, DTensor), "every parameter is a part of a sharded module"
     return parameter
 
 
 def _gathered(shard: DTensor) -> Tensor:
-    with in_touch():
+    with in_touch(), torch.no_grad():
         whole: Tensor = shard.full_tensor()
     return whole
 
