@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +113,27 @@ def refuse_other_teacher(folder: Path, source: str | None) -> None:
     durable.write_json(path, now)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Restores the optimizer's moments and step counts from a checkpoint folder."""
+def load_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda parameter, value: value,
+) -> None:
+    """Restores the optimizer's moments and step counts from a checkpoint folder.
+
+    Args:
+        path: of the checkpoint.
+        optimizer: over the parameters of `model`.
+        model: whose names the state was saved under.
+        part: takes of a parameter and a value for the whole of it what the optimizer works on here.
+    """
     tensors = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         slots = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
         if slots:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in slots.items()}
+            optimizer.state[parameter] = {
+                key: part(parameter, value).to(parameter.device, copy=True) for key, value in slots.items()
+            }
 
 
 def save_best(folder: Path, step: int, model: nn.Module) -> str:

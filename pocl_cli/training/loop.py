@@ -122,8 +122,7 @@ def train(job: TrainingJob) -> TrainingState:
             schedule_steps = _schedule_steps(job, stage, row)
             optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
             if resumed_from and state.stage_step:
-                with replica.whole(optimizer, changes=True):
-                    checkpoint.load_optimizer(resumed_from, optimizer, student.backbone)
+                checkpoint.load_optimizer(resumed_from, optimizer, student.backbone, replica.part)
             if not state.stage_step:
                 get_logger().info(
                     "stage %d: %d rows, %d steps, temperature %.4g, kd_ratio %.4g",

@@ -60,13 +60,17 @@ class Replica:
     def whole(self, optimizer: torch.optim.Optimizer | None = None, *, changes: bool = False) -> Iterator[None]:
         """Meanwhile the student is an ordinary model, and the state of `optimizer` that of its whole parameters.
 
-        All processes come here together. Only the first one's optimizer need be whole: it writes.
+        All processes come here together. The optimizer's state need be whole in the first one only: it writes.
 
         Args:
             optimizer: whose state is wanted as well.
-            changes: whether the same new values are put there by every process, and are to stay.
+            changes: whether every process puts the same new values into the student, which are to stay.
         """
         yield
+
+    def part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """What the optimizer of this process works on of a `value` for the whole `parameter`."""
+        return value
 
     def make_whole(self) -> None:
         """Ends the training: from now on the student is an ordinary model."""

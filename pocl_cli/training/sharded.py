@@ -65,6 +65,7 @@ class ShardedReplica(Replica):
         most, own = max(map(len, groups)), groups[self.processes.rank]
         nothing = TokenisedRow("", rows[0].prompt_ids[:1], [])
         for number, group in enumerate([*own, *[[nothing]] * (most - len(own))], start=1):
+            # Until the last one, gradients add up whole in each process: one sum over the processes a step.
             self._parts[0].set_requires_gradient_sync(number == most)
             yield group
 
@@ -94,14 +95,20 @@ class ShardedReplica(Replica):
             yield
             if changes:
                 for parameter, shard in self._shards.items():
-                    shard.to_local().detach().copy_(self._part_of(parameter.detach(), shard))
-                for parameter, slots in optimizer.state.items() if optimizer is not None else ():
-                    shard = self._shards[parameter]
-                    before[parameter] = {name: self._part_of(value, shard).clone() for name, value in slots.items()}
+                    shard.to_local().detach().copy_(self.part(parameter, parameter.detach()))
         finally:
             if optimizer is not None:
                 optimizer.state.update(before)
             self._hold_parts()
+
+    def part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        if value.ndim == 0:  # the count of steps
+            return value
+        num_rows = len(self._shards[parameter].to_local())
+        most_rows = -(
+            -len(value) // self.processes.size
+        )  # of the first processes; the last ones may have fewer, or none
+        return value.narrow(0, min(self.processes.rank * most_rows, len(value) - num_rows), num_rows)
 
     def make_whole(self) -> None:
         self._hold_everything()
@@ -118,27 +125,20 @@ class ShardedReplica(Replica):
         """Makes the state of `optimizer` whole in the first process; what this process had of it."""
         before = dict(optimizer.state)
         for parameter, slots in before.items():
-            whole = {name: self._whole_of(value, self._shards[parameter]) for name, value in slots.items()}
+            whole = {name: self._whole_moment(value, self._shards[parameter]) for name, value in slots.items()}
             if self.processes.is_first:
-                optimizer.state[parameter] = whole
+                # Beside the weights, a device may have no room for the moments of all parameters.
+                optimizer.state[parameter] = {name: value.cpu() for name, value in whole.items()}
         return before
 
-    def _whole_of(self, part: Tensor, shard: DTensor) -> Tensor:
-        """A moment of a whole parameter, on the CPU: the first process has no room for all of them elsewhere."""
+    @staticmethod
+    def _whole_moment(part: Tensor, shard: DTensor) -> Tensor:
         if part.ndim == 0:  # the count of steps
             return part
         moment = DTensor.from_local(
             part, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
         )
-        return _gathered(moment).cpu()
-
-    def _part_of(self, whole: Tensor, shard: DTensor) -> Tensor:
-        """This process's rows of a whole tensor; the count of steps has none."""
-        if whole.ndim == 0:
-            return whole
-        rows_per_process = -(-len(whole) // self.processes.size)
-        num_rows = len(shard.to_local())
-        return whole.narrow(0, min(self.processes.rank * rows_per_process, len(whole) - num_rows), num_rows)
+        return _gathered(moment)
 
 
 class _FrozenLayer:
@@ -163,7 +163,7 @@ class _FrozenLayer:
         for part, parameters in self._flats:
             flat = part.new_empty(part.numel() * self._size)
             with in_touch():
-                dist.all_gather_into_tensor(flat, part)
+                dist.all_gather(list(flat.chunk(self._size)), part)
             start = 0
             for parameter, shape in parameters:
                 parameter.data = flat[start : start + shape.numel()].view(shape)
