@@ -162,10 +162,11 @@ def run_reference(overrides: Sequence[str], num_sampled: int | None) -> Figures:
     from hydra import initialize_config_dir
 
     from pocl_cli.config import compose_run, conf_dir
+    from pocl_cli.curriculum.learning_rate import cosine
     from pocl_cli.models.load import load_model
     from pocl_cli.models.vocabulary import num_real_tokens
     from pocl_cli.steps.chain import Chain
-    from pocl_cli.training.optimizer import cosine, make_optimizer
+    from pocl_cli.training.optimizer import make_optimizer
 
     started = time.perf_counter(), time.process_time()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -219,9 +220,9 @@ def run_reference(overrides: Sequence[str], num_sampled: int | None) -> Figures:
 
 def planned_steps(chain: Any, student: LoadedModel) -> Iterator[PlannedStep]:
     """Every optimizer step of the run with its rows, in the order in which `pocl distill` takes them."""
-    from pocl_cli.steps.distill import stages_of
     from pocl_cli.steps.partition import read_partition
     from pocl_cli.steps.rows import training_rows
+    from pocl_cli.steps.stages import stages_of
     from pocl_cli.training.sampler import Sampler
 
     train = chain.config.train

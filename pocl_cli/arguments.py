@@ -14,6 +14,8 @@ from pocl_cli.errors import ConfigError, SecurityError, nearest
 _SWITCHES = (("-h", "--help"), ("-r", "--run"), ("-m", "--multirun"), ("-sc", "--shell-completion"))
 _LONG_SWITCHES = ("--hydra-help", "--resolve")
 _INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+# Keys whose value is a list of overrides.
+_OF_OVERRIDES = r"(?:teacher|student)\.overrides|comparison\.arms\.[\w-]+"
 _TRUE = ("true", "1", "yes", "on", "y", "t")
 
 
@@ -83,13 +85,17 @@ def read(step: str, words: Sequence[str]) -> Arguments:
 def _written_out(word: str) -> str:
     """An override as Hydra reads it, where we allow a shorter one.
 
-    `plan` is a section, and its switch has the shorter name. In `teacher.overrides=[train.lr=1]`, Hydra wants quotes
-    around entries with '='.
+    `plan` is a section, and its switch has the shorter name; so has the list of a ramp, which Hydra would not let
+    replace a section. In `teacher.overrides=[train.lr=1]` and in an arm of a comparison, Hydra wants quotes around
+    entries with '='.
     """
     if word.startswith("plan="):
         return f"plan.enabled={word.removeprefix('plan=')}"
-    if found := re.fullmatch(r"(\+{0,2}(?:teacher|student)\.overrides=)\[(.*)\]", word, re.DOTALL):
-        entries = [f'"{one}"' if "=" in one and one[0] not in "\"'" else one for one in _entries(found[2])]
+    if found := re.fullmatch(r"(curriculum\.(?:temperature|kd_ratio))=(\[.*)", word, re.DOTALL):
+        return f"{found[1]}.values={found[2]}"
+    if found := re.fullmatch(rf"(\+{{0,2}}(?:{_OF_OVERRIDES})=)\[(.*)\]", word, re.DOTALL):
+        words = [_written_out(one) for one in _entries(found[2])]
+        entries = [f'"{one}"' if "=" in one and one[0] not in "\"'" else one for one in words]
         return f"{found[1]}[{','.join(entries)}]"
     return word
 

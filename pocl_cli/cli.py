@@ -8,10 +8,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pocl_cli import __version__, faults
+from pocl_cli import __version__, faults, interrupts
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 from pocl_cli.redaction import scrub
 
@@ -20,6 +20,7 @@ STEPS = {
     "partition": "rank the rows and cut them into subsets, easy to hard",
     "distill": "train the student stage by stage",
     "evaluate": "generate answers on test sets with several seeds and score them",
+    "compare": "train and evaluate arms with several seeds, and say whether they differ",
 }
 HELP = f"""\
 pocl: curriculum knowledge distillation of language models (POCL, arXiv 2506.05695)
@@ -36,6 +37,7 @@ examples
   pocl distill kd_method=rkl curriculum.stages=4     train with reverse KL in four stages
   pocl distill -m kd_method=fkl,rkl train.seed=1,2   sweep: four runs
   pocl distill plan=true                             the stage table and the costs, nothing written
+  pocl compare experiment=demo                       does the curriculum help? POCL against its controls
 
 pocl STEP --help lists a step's groups and keys; pocl STEP --cfg job prints what would run.
 """
@@ -78,18 +80,26 @@ def _dispatch(argv: Sequence[str]) -> None:
 
 
 def _exit_code(argv: Sequence[str]) -> int:
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    interrupts.catch()
+    return exit_code_of(lambda: _dispatch(argv), ended_by)
+
+
+def exit_code_of(action: Callable[[], object], tell: Callable[[BaseException], int]) -> int:
+    """0 where `action` comes to its end, else what `tell` makes of the exception that ended it."""
     try:
         faults.arm()
-        _dispatch(argv)
+        action()
         sys.stdout.flush()
     except (Exception, Interrupted, KeyboardInterrupt, SystemExit) as error:
-        return ended_by(error)
+        return tell(error)
     return 0
 
 
 def ended_by(error: BaseException) -> int:
     """The exit code of a command that an exception ended; says why on stderr, in one line a mistake."""
+    interrupts.settle()
+    if isinstance(error, Exception) and not isinstance(error, PoclError) and interrupts.received is not None:
+        error = interrupts.received  # a library has made an exception of its own of it
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, BrokenPipeError):
@@ -103,7 +113,7 @@ def ended_by(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt):
         lines, code = ["interrupted — SIGINT — the same command goes on where it was"], 130
     else:
-        line, code = _unforeseen(error)
+        line, code = unforeseen(error)
         lines = [line]
     if os.environ.get("POCL_DEBUG") == "1":
         print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -112,7 +122,7 @@ def ended_by(error: BaseException) -> int:
     return code
 
 
-def _unforeseen(error: BaseException) -> tuple[str, int]:
+def unforeseen(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of what no module has put into words: the machine's fault, or ours."""
     frames = traceback.extract_tb(error.__traceback__)[-1:]
     place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "an unknown place"
@@ -133,10 +143,6 @@ def _unforeseen(error: BaseException) -> tuple[str, int]:
         f"internal bug {type(error).__name__}: {error} in {place} — the program is wrong, not you — "
         "run it again with POCL_DEBUG=1 and report the traceback"
     ), 70
-
-
-def _raise_interrupted(number: int, frame: object) -> None:
-    raise Interrupted("interrupted", why="SIGTERM", fix="the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ _pocl() {
     local word=${line##* } step=${COMP_WORDS[1]} program=${COMP_WORDS[0]} choices
     COMPREPLY=()
     if [ "$COMP_CWORD" -eq 1 ]; then
-        _pocl_words "score partition distill evaluate env --help --version --completion"
+        _pocl_words "score partition distill evaluate compare env --help --version --completion"
         return
     fi
     case $word in
@@ -25,7 +25,7 @@ _pocl() {
         --info|-i) _pocl_words "all config defaults defaults-tree plugins searchpath"; return ;;
         --completion) _pocl_words "bash zsh"; return ;;
     esac
-    case $step in score|partition|distill|evaluate) ;; *) return ;; esac
+    case $step in score|partition|distill|evaluate|compare) ;; *) return ;; esac
     line="pocl ${line#*"$step"}"
     choices=$(COMP_LINE="$line" COMP_POINT=${#line} "$program" "$step" -sc query=bash 2>/dev/null)
     _pocl_words "$choices"

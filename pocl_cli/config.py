@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,52 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pocl_cli.errors import ConfigError, PoclError
-from pocl_cli.explain import COMPOSITION_ERRORS, explain, options_of, unknown_option, unresolved
+from pocl_cli.explain import COMPOSITION_ERRORS, diagnose, explain, options_of, unknown_option, unresolved
 from pocl_cli.guard import refuse_alias_bombs
 from pocl_cli.mistakes import MultiConfigError
-from pocl_cli.redaction import scrub_command, scrub_values
+from pocl_cli.redaction import scrub_values
+from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.validation import preset_names, validate
 
 # What passes from a caller to the recipe that makes its teacher or student.
 PASSED_ON = ("paths", "hardware", "tracker", "upstream")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One step's checked configuration, what a person typed for it, and the plain values that the manifest keeps.
-
-    Attributes:
-        step: the command.
-        config: the checked configuration.
-        overrides: as typed.
-        resolved: the composed values, interpolations resolved, secrets hidden.
-        options: what the command needs before its overrides (`--config-dir=…`).
-        recipes: the runs that make the teacher or the student, by experiment and overrides.
-        waits: wait for a process that makes the same artifact instead of failing.
-    """
-
-    step: str
-    config: PoclConfig
-    overrides: tuple[str, ...]
-    resolved: Mapping[str, Any]
-    options: tuple[str, ...] = ()
-    recipes: Mapping[tuple[str, tuple[str, ...]], Run] = field(default_factory=dict, repr=False)
-    waits: bool = False
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments that an artifact remembers, secrets hidden."""
-        return scrub_command(["pocl", self.step, *self.options, *self.overrides])
-
-    def command_for(self, step: str, *more: str) -> str:
-        """The shell command of another step of the same chain."""
-        overrides = [word for word in self.overrides if not word.startswith("plan.")]
-        return shlex.join(["pocl", step, *self.options, *overrides, *more])
-
-    def for_step(self, step: str) -> Run:
-        """The same chain, addressed by another step."""
-        return replace(self, step=step)
 
 
 @dataclass
@@ -82,11 +45,6 @@ _composed: WeakKeyDictionary[ConfigLoader, _Composed] = WeakKeyDictionary()
 def _known() -> _Composed:
     """What has been composed from the folders that Hydra reads now."""
     return _composed.setdefault(GlobalHydra.instance().config_loader(), _Composed())
-
-
-def recipe(caller: Run, experiment: str, overrides: Sequence[str]) -> Run:
-    """The run of `experiment=NAME` that makes a caller's teacher or student."""
-    return replace(caller.recipes[experiment, tuple(overrides)], waits=caller.waits)
 
 
 # ── where configuration is read ───────────────────────────────────────────────────────────────────────────────────────
@@ -151,7 +109,8 @@ def compose_run(
     try:
         cfg = compose(config_name or step, overrides=list(overrides))
     except COMPOSITION_ERRORS as error:
-        raise MultiConfigError([explain(error)]) from error
+        errors, _ = diagnose(config_name or step, overrides, sweeps=False)
+        raise MultiConfigError(errors or [explain(error)]) from error
     return from_hydra(step, cfg, overrides, options=options, above=above)
 
 
@@ -218,7 +177,7 @@ def _recipes(
     config: PoclConfig, overrides: Sequence[str], options: tuple[str, ...], above: tuple[str, ...]
 ) -> dict[tuple[str, tuple[str, ...]], Run]:
     """The runs of `teacher.experiment` and `student.experiment`, each composed from its recipe alone."""
-    passed = [word for word in overrides if _section(word) in PASSED_ON]
+    passed = [word for word in overrides if section_of(word) in PASSED_ON]
     folders = [word for word in options if word.startswith("--config-dir")]
     known = options_of("experiment")
     runs: dict[tuple[str, tuple[str, ...]], Run] = {}
@@ -254,6 +213,6 @@ def _inside(error: PoclError, part: str, name: str) -> PoclError:
     return type(error)(error.what, where=where, why=error.why, fix=error.fix)
 
 
-def _section(override: str) -> str:
+def section_of(override: str) -> str:
     """The section or group that an override belongs to."""
     return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]

@@ -87,6 +87,7 @@ class Interrupted(BaseException):
 
     def __init__(self, what: str, *, why: str, fix: str, exit_code: int = 143) -> None:
         super().__init__(f"{what} — {why} — {fix}")
+        self.what, self.why, self.fix = what, why, fix
         self.exit_code = exit_code
 
 

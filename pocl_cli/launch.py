@@ -28,7 +28,9 @@ from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.disk import reported
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.mistakes import MultiConfigError
+from pocl_cli.processes.outer import Outer, read_outer
 from pocl_cli.redaction import scrub
+from pocl_cli.run import Run
 
 # From Hydra 1.4 on there is no other, and naming it is a warning.
 VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -47,12 +49,25 @@ class SweepError(PoclError):
 
 
 def run_step(step: str, words: Sequence[str]) -> None:
-    """Runs `pocl STEP WORDS…`.
+    """Runs `pocl STEP WORDS…`; where a launcher has started it in several processes, together with the others.
 
     Raises:
         PoclError: the step failed; MultiConfigError where the configuration is wrong; SweepError where jobs failed.
     """
+    outer = read_outer(os.environ)
+    try:
+        _run_step(step, words, outer)
+    except MultiConfigError as error:
+        if outer is None or outer.is_first:
+            raise
+        # The first process finds the same mistakes, and tells of them.
+        raise SystemExit(error.exit_code) from error
+
+
+def _run_step(step: str, words: Sequence[str], outer: Outer | None) -> None:
     arguments = read(step, words)
+    if outer is not None and arguments.multirun:
+        raise MultiConfigError([_no_sweep(step, outer)])
     guard.refuse_overrides(arguments.overrides)
     guard.guard_compositions()
     folders = [*arguments.config_dirs, *config.user_config_folders()]
@@ -62,9 +77,9 @@ def run_step(step: str, words: Sequence[str]) -> None:
     config.add_user_config(folders)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     state = _State()
-    job = _job(step, arguments, state)
+    job = _job(step, arguments, state, outer)
     task = hydra.main(config_path=str(config.conf_dir()), config_name=step, **VERSION_BASE)(job)
-    with _run_folders(arguments) as places:
+    with _run_folders(arguments, outer) as places:
         sys.argv = [f"pocl {step}", *arguments.flags, *arguments.overrides, *places]
         try:
             if arguments.multirun:
@@ -99,13 +114,24 @@ class _State:
 
 
 @contextlib.contextmanager
-def _run_folders(arguments: Arguments) -> Iterator[list[str]]:
-    """Overrides of Hydra's run folders: a plan writes nothing, so it has one that is gone when it ends."""
-    if not arguments.plans:
+def _run_folders(arguments: Arguments, outer: Outer | None) -> Iterator[list[str]]:
+    """Overrides of Hydra's run folders: a plan writes nothing, so it has one that is gone when it ends.
+
+    So has a process that follows another: one of them keeps the log.
+    """
+    if not arguments.plans and (outer is None or outer.is_first):
         yield []
         return
-    with tempfile.TemporaryDirectory(prefix="pocl-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pocl-run-") as folder:
         yield [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+
+
+def _no_sweep(step: str, outer: Outer) -> ConfigError:
+    return ConfigError(
+        f"pocl {step} -m inside {outer.launcher}",
+        why=f"a sweep starts jobs by itself, and here are {outer.size} processes that do one together",
+        fix=f"start each choice with its own {outer.launcher}, or sweep without it (hydra/launcher=slurm)",
+    )
 
 
 def _no_package(name: str) -> ConfigError:
@@ -136,7 +162,7 @@ def _diagnosed(step: str, arguments: Arguments, error: Exception) -> list[PoclEr
 # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig], None]:
+def _job(step: str, arguments: Arguments, state: _State, outer: Outer | None) -> Callable[[DictConfig], None]:
     """What Hydra calls with a composed configuration, once a job."""
     options = [f"--config-dir={folder}" for folder in arguments.config_dirs]
     options += [f"--config-name={arguments.config_name}"] if arguments.config_name else []
@@ -150,7 +176,7 @@ def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig
         started = time.monotonic()
         try:
             run = replace(config.from_hydra(step, cfg, overrides, options=options), waits=arguments.waits)
-            outcome |= _work(run, hydra_config)
+            outcome |= _work(run, hydra_config, outer)
         except PoclError as error:
             outcome |= {"status": "failed", "errors": [str(one) for one in getattr(error, "errors", [error])]}
             if isinstance(error, MultiConfigError):
@@ -170,7 +196,7 @@ def _job(step: str, arguments: Arguments, state: _State) -> Callable[[DictConfig
     return job
 
 
-def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
+def _work(run: Run, hydra_config: HydraConf, outer: Outer | None) -> dict[str, Any]:
     """Runs one step and prints the path of its artifact, the only thing on stdout."""
     from pocl_cli.steps import dispatch  # half a second that configuration errors do without
 
@@ -184,7 +210,7 @@ def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
             stack.enter_context(log.set_up_run_log(Path(hydra_config.runtime.output_dir) / "pocl.log"))
         logger.debug("%s, configuration %s", shlex.join(run.command), json.dumps(run.resolved))
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), _launched(run, outer):
                 result = dispatch.run_step(run)
         except BaseException:
             logger.debug("stopped", exc_info=True)
@@ -193,6 +219,29 @@ def _work(run: config.Run, hydra_config: HydraConf) -> dict[str, Any]:
         return {"status": "planned"}
     print(result.artifact.path, flush=True)
     return {"status": "made" if result.made else "reused", "figures": result.figures}
+
+
+def _launched(run: Run, outer: Outer | None) -> contextlib.AbstractContextManager[None]:
+    """Around a step: where a launcher has started several processes, they work on it together.
+
+    Raises SystemExit in those that follow the first one, when that ends.
+    """
+    if outer is None:
+        return contextlib.nullcontext()
+    try:
+        outer.check_num_nodes(run.config.hardware.num_nodes)
+    except ConfigError as error:
+        raise MultiConfigError([error]) from error
+    if outer.is_first and run.config.plan.enabled:
+        return contextlib.nullcontext()
+    if run.config.plan.enabled:
+        raise SystemExit(0)
+    from pocl_cli.steps import joined  # torch: seconds
+
+    if outer.is_first:
+        return joined.leading(outer, run.config.hardware)
+    log.set_up_console_log(logging.ERROR)
+    joined.follow(outer, run.config.hardware)
 
 
 def _remove_empty(folder: Path) -> None:

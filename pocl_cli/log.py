@@ -63,6 +63,13 @@ def set_up_console_log(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def places() -> tuple[int, Path | None]:
+    """The console's level and the run's log file, for a process that shall log to the same places."""
+    handlers = get_logger().handlers
+    level = next((one.level for one in handlers if isinstance(one, _ConsoleHandler)), logging.INFO)
+    return level, next((Path(one.baseFilename) for one in handlers if isinstance(one, _RunLogHandler)), None)
+
+
 def set_up_run_log(path: Path) -> contextlib.ExitStack:
     """Appends everything that is logged, debug lines and tracebacks too, to the file `path` from now on.
 

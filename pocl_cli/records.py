@@ -78,10 +78,24 @@ class Subset:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is trained on from one restart of the optimizer to the next. `lr` is the stage's first learning rate."""
+    """What is trained on at one temperature and kd_ratio.
+
+    Attributes:
+        index: counted from 0.
+        record_ids: its rows.
+        epochs: passes over them.
+        temperature: of the distillation.
+        kd_ratio: weight of the distillation term.
+        times: how often the stage sees each row in all, epochs × rows together; None: once an epoch.
+        restart_optimizer: it starts with fresh moments (the first stage always does).
+        restart_lr: it starts the learning-rate schedule afresh (the first stage always does).
+    """
 
     index: int
     record_ids: tuple[str, ...]
     epochs: int
     temperature: float
     kd_ratio: float
+    times: tuple[int, ...] | None = None
+    restart_optimizer: bool = True
+    restart_lr: bool = True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pocl_cli.errors import nearest
 
 
 def _known_device(device: str) -> str:
@@ -148,6 +151,26 @@ class ScoreConfig(Section):
     seed: int
 
 
+class PartitionConfig(Section):
+    """Where the order of the rows is cut: equal counts, or borders `at` quantiles or thresholds of the difficulty."""
+
+    by: Literal["counts", "quantiles", "thresholds"]
+    at: tuple[float, ...] | None
+
+    @model_validator(mode="after")
+    def _borders(self) -> PartitionConfig:
+        if self.by == "counts" and self.at is not None:
+            raise ValueError("at gives borders, and by=counts has none; set by=quantiles or by=thresholds")
+        if self.by == "thresholds" and self.at is None:
+            raise ValueError("by=thresholds needs the borders: at=[…], difficulties in ascending order")
+        at = self.at or ()
+        if any(one >= other for one, other in itertools.pairwise(at)):
+            raise ValueError(f"at must ascend, and is {list(at)}")
+        if self.by == "quantiles" and not all(0 < one < 1 for one in at):
+            raise ValueError(f"quantiles are shares of the rows between 0 and 1, and at is {list(at)}")
+        return self
+
+
 class TrainConfig(Section):
     seed: int
     lr: Annotated[float, Field(gt=0)]
@@ -177,6 +200,21 @@ class HardwareConfig(Section):
     num_threads: Annotated[int, Field(ge=1)] | None
     max_tokens_per_micro_batch: Annotated[int, Field(ge=1)] | None
     objective_memory_mb: Annotated[int, Field(ge=1)]
+    num_processes: Annotated[int, Field(ge=1)]
+    num_nodes: Annotated[int, Field(ge=1)]
+    parallel: Literal["none", "ddp", "fsdp"]
+    timeout_seconds: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HardwareConfig:
+        several = f"num_processes={self.num_processes} on num_nodes={self.num_nodes}"
+        if self.num_processes * self.num_nodes > 1 and self.parallel == "none":
+            raise ValueError(f"{several} need parallel=ddp or fsdp; parallel=none is for one process")
+        if self.num_processes * self.num_nodes == 1 and self.parallel != "none":
+            raise ValueError(f"parallel={self.parallel} is for several processes; set parallel=none")
+        if self.num_processes > 1 and ":" in self.device:
+            raise ValueError(f"device={self.device} is one device, and each process gets its own; set device=cuda")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -210,8 +248,52 @@ class PlanConfig(Section):
     num_rows: Annotated[int, Field(ge=1)] | None
 
 
+class ComparisonConfig(Section):
+    """Arms (named sets of overrides) that `pocl compare` trains and evaluates, each with every method and seed."""
+
+    name: str
+    arms: dict[str, tuple[str, ...]]
+    only: tuple[str, ...] | None
+    baseline: str
+    steps_of: str | None
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    num_jobs: Annotated[int, Field(ge=1)] | None
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    num_resamples: Annotated[int, Field(ge=100)]
+    resampling_seed: Annotated[int, Field(ge=0)]
+
+    @property
+    def chosen(self) -> dict[str, tuple[str, ...]]:
+        """The arms that run, in their order."""
+        return {name: words for name, words in self.arms.items() if self.only is None or name in self.only}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ComparisonConfig:
+        for name in self.arms:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"an arm is named {name!r}; a name has letters, digits, '_', '-' and '.' only")
+        for what, entries in (("seeds", self.seeds), ("methods", self.methods or ()), ("only", self.only or ())):
+            if len(set(entries)) != len(entries):
+                raise ValueError(f"{what} holds the same entry twice: {list(entries)}")
+        named = [*(("only", arm) for arm in self.only or ()), ("baseline", self.baseline), ("steps_of", self.steps_of)]
+        for what, arm in named:
+            if arm is not None and arm not in self.arms:
+                guess = nearest(arm, self.arms)
+                hint = f"; did you mean {guess!r}?" if guess else ""
+                raise ValueError(f"{what} names {arm!r}, and the arms are {', '.join(self.arms)}{hint}")
+        if len(self.chosen) < 2:
+            raise ValueError(f"a comparison needs two arms or more, and it has {len(self.chosen)}")
+        if self.baseline not in self.chosen:
+            raise ValueError(f"the baseline {self.baseline!r} is not among the arms of only={list(self.only or ())}")
+        return self
+
+
 class PoclConfig(Section):
-    """One chain: the same overrides given to the four commands address the same artifacts."""
+    """One chain: the same overrides given to the commands address the same artifacts.
+
+    `comparison` is there for `pocl compare` alone.
+    """
 
     teacher: TeacherConfig
     student: StudentConfig
@@ -220,6 +302,7 @@ class PoclConfig(Section):
     curriculum: Scheduler
     difficulty: DifficultyMeasurer
     score: ScoreConfig
+    partition: PartitionConfig
     train: TrainConfig
     evaluation: EvaluationConfig
     hardware: HardwareConfig
@@ -227,3 +310,4 @@ class PoclConfig(Section):
     paths: PathsConfig
     plan: PlanConfig
     upstream: Literal["require", "auto"]
+    comparison: ComparisonConfig | None = None

@@ -72,6 +72,13 @@ def results_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[ob
     console.print(table, width=max(_width(), needed), crop=False, soft_wrap=needed > _width())
 
 
+def paragraph(text: str = "") -> None:
+    """Writes a text between tables, after an empty line; no text is the empty line alone."""
+    get_console().print()
+    if text:
+        get_console().print(_text(text), width=_width())
+
+
 def summary_panel(title: str, values: Row) -> None:
     """Draws the closing summary of a command: one `name  value` line an entry; keys in `_seconds` are durations."""
     from rich.panel import Panel

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
+from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
 LOCAL = "local"
@@ -54,6 +55,18 @@ def validate(
     return config
 
 
+def plain_values(config: PoclConfig) -> dict[str, Any]:
+    """A checked configuration as values that JSON holds; `from_plain_values` makes it again."""
+    families = {section: describe(getattr(config, section)) for section in FAMILIES}
+    return {**config.model_dump(mode="json", exclude=set(FAMILIES)), **families}
+
+
+def from_plain_values(values: Mapping[str, Any]) -> PoclConfig:
+    """The configuration that `plain_values` was given."""
+    families = {section: family.build(values[section]) for section, family in FAMILIES.items()}
+    return PoclConfig.model_validate({**values, **families})
+
+
 def preset_names(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The options of the group `dataset` that `evaluation.datasets` is made from."""
     entries = _entries(values)
@@ -92,7 +105,7 @@ def _without_calls(values: Any) -> Any:
 
 def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
     """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
-    trains = step == "distill" or (step == "evaluate" and _evaluates_the_student(config))
+    trains = step in ("distill", "compare") or (step == "evaluate" and _evaluates_the_student(config))
     if trains and config.kd_method.needs_teacher and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
@@ -104,12 +117,28 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             config.tracker.check()
         except ConfigError as error:
             yield error
-    if config.plan.enabled and step != "distill":
-        yield ConfigError(f"plan=true with pocl {step}", why="only distill has a plan", fix="pocl distill plan=true …")
+    if config.plan.enabled and step not in ("distill", "compare"):
+        yield ConfigError(
+            f"plan=true with pocl {step}", why="only distill and compare have a plan", fix="pocl distill plan=true …"
+        )
+    if step == "compare" and not _evaluates_the_student(config):
+        yield ConfigError(
+            "pocl compare with evaluation.model or evaluation.predictions",
+            why="it evaluates the students of its arms",
+            fix="leave both out",
+        )
     if config.plan.num_rows is not None and not config.plan.enabled:
         yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
     if config.plan.num_rows is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
+    if config.partition.at is not None and (config.curriculum.needs_partition or step == "partition"):
+        yield from _borders_fit(config, len(config.partition.at))
+    if config.plan.num_rows is not None and config.curriculum.needs_partition and config.partition.by != "counts":
+        yield ConfigError(
+            f"plan.num_rows with partition.by={config.partition.by}",
+            why="the sizes of such subsets are known from the difficulties alone",
+            fix="leave out plan.num_rows, or set partition.by=counts",
+        )
     if step == "evaluate" and config.evaluation.model == "teacher" and not config.teacher.present:
         yield ConfigError(
             "evaluation.model=teacher without a teacher",
@@ -130,6 +159,15 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
 def _evaluates_the_student(config: PoclConfig) -> bool:
     """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
     return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
+
+
+def _borders_fit(config: PoclConfig, num_borders: int) -> Iterator[PoclError]:
+    if num_borders != config.curriculum.stages - 1:
+        yield ConfigError(
+            f"partition.at has {num_borders} borders for {config.curriculum.stages} subsets",
+            why="there is one border less than there are curriculum.stages",
+            fix=f"give {config.curriculum.stages - 1}, or set curriculum.stages={num_borders + 1}",
+        )
 
 
 def _stages_fit(config: PoclConfig, num_rows: int, given: str) -> Iterator[PoclError]:

@@ -55,6 +55,26 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def share(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock file together with all who share it; `hold` fails until the last of them has left or died.
+
+    Args:
+        path: the lock file. It is made, and stays: whoever holds it next removes it.
+        what: what is locked, for the message.
+
+    Raises:
+        LockedError: a live process holds the lock.
+        SecurityError: a symbolic link has the lock's name.
+        ResourceError: the lock file cannot be made.
+    """
+    descriptor = _acquire(path, what, wait=False, kind=fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _withdraw(descriptor: int, path: Path) -> None:
     """Removes the lock file while it is still locked: whoever opened it before sees that it lost its name."""
     try:
@@ -65,11 +85,11 @@ def _withdraw(descriptor: int, path: Path) -> None:
         logging.getLogger("pocl").warning("%s; the lock is released all the same", error)
 
 
-def _acquire(path: Path, what: str, wait: bool) -> int:
+def _acquire(path: Path, what: str, wait: bool, kind: int = fcntl.LOCK_EX) -> int:
     while True:
         descriptor = _open(path)
         try:
-            _lock(descriptor, path, what, wait)
+            _lock(descriptor, path, what, wait, kind)
             if _is_same_file(descriptor, path):
                 return descriptor
         except BaseException:
@@ -89,10 +109,10 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def _lock(descriptor: int, path: Path, what: str, wait: bool) -> None:
+def _lock(descriptor: int, path: Path, what: str, wait: bool, kind: int) -> None:
     with reported(path, "lock"):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _BUSY:
                 raise
@@ -106,7 +126,7 @@ def _lock(descriptor: int, path: Path, what: str, wait: bool) -> None:
                     fix="wait for it to end (--wait does), or stop it",
                 ) from None
             logging.getLogger("pocl").info("waiting for %s: %s", what, who)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, kind)
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -25,7 +25,7 @@ from pocl_cli.redaction import scrub
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal["scores", "partitions", "teacher_signals", "students", "evaluations", "conversions"]
+Kind = Literal["scores", "partitions", "teacher_signals", "students", "evaluations", "conversions", "comparisons"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -98,6 +98,7 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     files: dict[str, FileEntry]
     extra: dict[str, Any]
+    audit: list[dict[str, Any]] | None = None
     command: list[str]
     git: GitState | None
     packages: dict[str, str]

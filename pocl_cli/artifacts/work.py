@@ -58,6 +58,7 @@ class Work:
         command: Sequence[str],
         seed: int | None,
         extra: Mapping[str, Any] | None = None,
+        audit: Sequence[Mapping[str, Any]] | None = None,
         exclude: Iterable[str] = (),
         started_at: str | None = None,
     ) -> Artifact:
@@ -71,6 +72,7 @@ class Work:
             command: the arguments that made it.
             seed: the seed that decided the content; None where there is none.
             extra: further plain values for the manifest.
+            audit: what a student's stages consumed.
             exclude: relative names of files and folders which the artifact does not get (checkpoints).
             started_at: when the work began, where that is not `self.started_at`.
 
@@ -95,6 +97,7 @@ class Work:
             inputs=dict(inputs),
             files=inventory(staged),
             extra=scrub_values(extra or {}),
+            audit=None if audit is None else [dict(stage) for stage in audit],
             command=[_storable(argument) for argument in scrub_command(command)],
             git=git_state(),
             packages=package_versions(),

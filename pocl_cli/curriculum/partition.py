@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 from pocl_cli.errors import ConfigError, DataError
 
@@ -61,6 +65,57 @@ def cut(num_rows: int, num_subsets: int) -> tuple[range, ...]:
     starts = [index * size for index in range(num_subsets)]
     ends = [*starts[1:], num_rows]
     return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def cut_at_quantiles(
+    ordered: npt.NDArray[np.float64], num_subsets: int, shares: Sequence[float] | None
+) -> tuple[range, ...]:
+    """Subsets that end at quantiles of the difficulty, so that rows of equal difficulty are in one subset.
+
+    Args:
+        ordered: difficulties of all rows, ascending.
+        num_subsets: n.
+        shares: the share of the rows (0..1) below each of the n − 1 borders, ascending; None: i/n.
+
+    Raises:
+        DataError: there are no rows.
+        ConfigError: a subset would be empty.
+    """
+    num_rows = len(cut(len(ordered), 1)[0])
+    if shares is None:
+        below = [index * num_rows // num_subsets for index in range(1, num_subsets)]
+    else:
+        assert len(shares) == num_subsets - 1, f"{len(shares)} borders between {num_subsets} subsets"
+        below = [round(share * num_rows) for share in shares]
+    return cut_at_thresholds(ordered, [float(ordered[max(number, 1) - 1]) for number in below])
+
+
+def cut_at_thresholds(ordered: npt.NDArray[np.float64], thresholds: Sequence[float]) -> tuple[range, ...]:
+    """Subsets that end at given difficulties: subset i holds the rows above threshold i − 1 and not above threshold i.
+
+    Args:
+        ordered: difficulties of all rows, ascending.
+        thresholds: the borders, ascending, in the unit of the difficulty.
+
+    Raises:
+        DataError: there are no rows.
+        ConfigError: a subset would be empty.
+    """
+    cut(len(ordered), 1)
+    borders = [0, *np.searchsorted(ordered, thresholds, side="right").tolist(), len(ordered)]
+    subsets = tuple(range(start, end) for start, end in itertools.pairwise(borders))
+    empty = [index for index, subset in enumerate(subsets) if not subset]
+    if empty:
+        raise ConfigError(
+            f"subset {empty[0]} of {len(subsets)} is empty",
+            where="partition.at",
+            why=(
+                f"no row lies between its borders; the difficulties go from {ordered[0]:.6g} to {ordered[-1]:.6g}, and"
+                f" {len(np.unique(ordered))} of {len(ordered)} differ"
+            ),
+            fix="move the borders, set fewer curriculum.stages, or partition.by=counts",
+        )
+    return subsets
 
 
 def sample_places(subset: range) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from pocl_cli.curriculum.exposure import balanced
 from pocl_cli.curriculum.ramp import RatioRamp, TemperatureRamp
 from pocl_cli.records import Stage, Subset
 
@@ -30,7 +31,16 @@ Epochs = Annotated[int | tuple[int, ...], AfterValidator(_at_least_one)]
 class StagedScheduler(ABC):
     """Stages with their epochs, temperature and kd_ratio; a member says which rows each of them trains on.
 
-    Raises ValueError (a validation error in a configuration) where a list of epochs is not one number a stage.
+    Raises ValueError (a validation error in a configuration) where a list is not one number a stage.
+
+    Attributes:
+        stages: how many there are, and how many subsets the partition has.
+        epochs_per_stage: passes over a stage's rows.
+        temperature: of the distillation.
+        kd_ratio: weight of the distillation term.
+        exposure: `epochs`, where a stage sees each of its rows once an epoch; or `balanced` (`exposure.py`).
+        restart_optimizer: a stage starts with fresh moments; else with those of the last step before it.
+        restart_lr: a stage starts the learning-rate schedule afresh; else one runs through all stages.
     """
 
     needs_partition: ClassVar[bool] = True
@@ -39,6 +49,9 @@ class StagedScheduler(ABC):
     epochs_per_stage: Epochs
     temperature: TemperatureRamp
     kd_ratio: RatioRamp
+    exposure: Literal["epochs", "balanced"] = "epochs"
+    restart_optimizer: bool = True
+    restart_lr: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs_per_stage, tuple) and len(self.epochs_per_stage) != self.stages:
@@ -46,6 +59,12 @@ class StagedScheduler(ABC):
                 f"epochs_per_stage {_shown(self.epochs_per_stage)} has {len(self.epochs_per_stage)} numbers for"
                 f" {self.stages} stages; give one number for all stages, or a list with one a stage"
             )
+        for name, ramp in (("temperature", self.temperature), ("kd_ratio", self.kd_ratio)):
+            if ramp.values is not None and len(ramp.values) != self.stages:
+                raise ValueError(
+                    f"{name} {list(ramp.values)} has {len(ramp.values)} numbers for {self.stages} stages; give one a"
+                    f" stage, or set {name}.values=null for a ramp from start to end"
+                )
 
     @abstractmethod
     def __call__(self, subsets: Sequence[Subset]) -> list[Stage]:
@@ -53,15 +72,23 @@ class StagedScheduler(ABC):
 
     def _staged(self, rows_per_stage: Sequence[tuple[str, ...]]) -> list[Stage]:
         """One Stage for the record ids of each."""
-        epochs = self.epochs_per_stage
-        columns = zip(
-            rows_per_stage,
-            epochs if isinstance(epochs, tuple) else (epochs,) * self.stages,
-            self.temperature.values(self.stages),
-            self.kd_ratio.values(self.stages),
-            strict=True,
-        )
-        return [Stage(index, *stage) for index, stage in enumerate(columns)]
+        given = self.epochs_per_stage
+        epochs = given if isinstance(given, tuple) else (given,) * self.stages
+        temperatures, ratios = self.temperature.over(self.stages), self.kd_ratio.over(self.stages)
+        times = balanced(rows_per_stage, epochs) if self.exposure == "balanced" else [None] * self.stages
+        return [
+            Stage(
+                index,
+                rows_per_stage[index],
+                epochs[index],
+                temperatures[index],
+                ratios[index],
+                times=times[index],
+                restart_optimizer=self.restart_optimizer,
+                restart_lr=self.restart_lr,
+            )
+            for index in range(self.stages)
+        ]
 
 
 def joined(subsets: Sequence[Subset]) -> tuple[str, ...]:

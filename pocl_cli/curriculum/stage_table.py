@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict
 
+from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.errors import ConfigError, DataError
 from pocl_cli.records import Stage
 
@@ -49,7 +50,13 @@ def stage_steps(stage: Stage, *, global_batch_size: int, drop_last: bool) -> int
 
 
 def stage_table(
-    stages: Sequence[Stage], *, global_batch_size: int, drop_last: bool, lr: float, max_steps: int | None
+    stages: Sequence[Stage],
+    *,
+    global_batch_size: int,
+    drop_last: bool,
+    lr: float,
+    lr_end: float,
+    max_steps: int | None,
 ) -> list[StageRow]:
     """The rows of `stages.json`, with the steps that will be made.
 
@@ -62,6 +69,8 @@ def stage_table(
         ConfigError: with `drop_last` a stage has fewer rows than a batch.
     """
     full = [stage_steps(stage, global_batch_size=global_batch_size, drop_last=drop_last) for stage in stages]
+    made = _limited(full, max_steps)
+    rates = learning_rates(stages, made if len(full) == 1 else full, start=lr, end=lr_end)
     return [
         StageRow(
             stage=stage.index,
@@ -70,9 +79,9 @@ def stage_table(
             steps=steps,
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
-            lr=lr,
+            lr=rate.at(0) if rate.before else lr,
         )
-        for stage, steps in zip(stages, _limited(full, max_steps), strict=True)
+        for stage, steps, rate in zip(stages, made, rates, strict=True)
     ]
 
 

@@ -61,8 +61,12 @@ def memory_errors_explained(hardware: Hardware, what: str) -> Iterator[None]:
         ) from error
 
 
-def set_up_hardware(config: HardwareConfig) -> Hardware:
+def set_up_hardware(config: HardwareConfig, *, rank: int = 0) -> Hardware:
     """Picks the device and sets the number of threads.
+
+    Args:
+        config: the `hardware` section.
+        rank: of several processes, each of which gets an accelerator of its own.
 
     Raises:
         ConfigError: the device is not there.
@@ -70,6 +74,8 @@ def set_up_hardware(config: HardwareConfig) -> Hardware:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    if config.num_processes > 1 and device.type != "cpu":
+        device = _device(f"{device.type}:{rank}")
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cpu" and config.precision == "bfloat16" and not torch.backends.mkldnn.is_available():

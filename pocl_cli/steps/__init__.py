@@ -1,1 +1,1 @@
-"""The four commands, one module each, readable from top to bottom."""
+"""The five commands, one module each, readable from top to bottom."""

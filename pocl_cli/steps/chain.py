@@ -9,21 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pocl_cli import config as configuration
 from pocl_cli.artifacts.hashing import HashCache, sha256_file
 from pocl_cli.artifacts.manifest import ArtifactKey
 from pocl_cli.artifacts.store import Store
-from pocl_cli.config import Run
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
 from pocl_cli.registry import describe
-from pocl_cli.schema import DatasetConfig, PoclConfig, TeacherConfig
+from pocl_cli.run import Run
+from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
 
-VERSIONS = {"scores": 2, "partitions": 2, "teacher_signals": 1, "students": 2, "evaluations": 2, "conversions": 1}
+AnyModel = TypeVar("AnyModel", bound=ModelConfig)
+
+VERSIONS = {
+    "scores": 2,
+    "partitions": 2,
+    "teacher_signals": 1,
+    "students": 2,
+    "evaluations": 2,
+    "conversions": 1,
+    "comparisons": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,7 @@ class Chain:
     @cached_property
     def student(self) -> ModelSource:
         """The student before distillation."""
-        section = self.config.student
-        if section.experiment is not None:
-            path = self._made_by(section.experiment, section.overrides)
-            section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
-        return resolve_student(section, self.store, hashes=self.hashes)
+        return resolve_student(self._made(self.config.student), self.store, hashes=self.hashes)
 
     @cached_property
     def teacher(self) -> ModelSource | None:
@@ -61,15 +66,36 @@ class Chain:
         section = self.config.teacher
         if not section.present:
             return None
-        if section.experiment is not None:
-            path = self._made_by(section.experiment, section.overrides)
-            section = section.model_copy(update={"path": path, "experiment": None, "overrides": ()})
-        return resolve_teacher(section, self.store, hashes=self.hashes)
+        return resolve_teacher(self._made(section), self.store, hashes=self.hashes)
 
-    def _made_by(self, experiment: str, overrides: tuple[str, ...]) -> str:
-        """The student artifact of a recipe, which is composed from that recipe alone."""
-        recipe = configuration.recipe(self.run, experiment, overrides)
-        return str(obtain(recipe, "distill", Chain(recipe).student_key, self.store).path)
+    @property
+    def made(self) -> PoclConfig:
+        """The configuration of the same step once everything upstream exists: it names artifacts, and no recipe."""
+        models: dict[str, Any] = {"student": self._made(self.config.student)} if self._asks_student else {}
+        if self._asks_teacher:
+            models["teacher"] = self._made(self.config.teacher)
+        return self.config.model_copy(update={**models, "upstream": "require"})
+
+    @property
+    def _asks_student(self) -> bool:
+        """Whether the step depends on the student that these overrides address."""
+        return self.run.step != "evaluate" or self.config.evaluation.model in (None, "student")
+
+    @property
+    def _asks_teacher(self) -> bool:
+        if self.run.step == "score":
+            return "teacher" in self.measured
+        if self.run.step == "evaluate" and self.config.evaluation.model == "teacher":
+            return True
+        return self._asks_student and self.config.kd_method.needs_teacher
+
+    def _made(self, section: AnyModel) -> AnyModel:
+        """The section with what its recipe makes, composed from that recipe alone, in the recipe's place."""
+        if section.experiment is None:
+            return section
+        recipe = self.run.recipe(section.experiment, section.overrides)
+        artifact = obtain(recipe, "distill", Chain(recipe).student_key, self.store)
+        return section.model_copy(update={"path": str(artifact.path), "experiment": None, "overrides": ()})
 
     # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -128,7 +154,11 @@ class Chain:
     @cached_property
     def partition_key(self) -> ArtifactKey:
         difficulty = self.config.difficulty
-        identity: dict[str, Any] = {"difficulty": describe(difficulty), "num_subsets": self.config.curriculum.stages}
+        identity: dict[str, Any] = {
+            "difficulty": describe(difficulty),
+            "num_subsets": self.config.curriculum.stages,
+            "cut": self.config.partition.model_dump(mode="json"),
+        }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
         else:
@@ -171,10 +201,20 @@ class Chain:
         return source, source.label
 
     @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """How models are evaluated: the data sets, and how answers are drawn."""
+        evaluation = self.config.evaluation
+        return {
+            "datasets": {one.name: self._dataset(one) for one in evaluation.datasets},
+            "seeds": list(evaluation.seeds),
+            "decoding": evaluation.decoding.model_dump(mode="json"),
+        }
+
+    @cached_property
     def evaluation_key(self) -> ArtifactKey:
         """The evaluation of a model, or of answers made elsewhere, on the configured sets."""
         evaluation = self.config.evaluation
-        identity: dict[str, Any] = {"datasets": {one.name: self._dataset(one) for one in evaluation.datasets}}
+        identity: dict[str, Any] = {"datasets": self.protocol["datasets"]}
         if evaluation.predictions is not None:
             path = Path(evaluation.predictions).expanduser()
             if not path.is_file():
@@ -184,10 +224,9 @@ class Chain:
             identity["model"] = {"predictions": sha256_file(path)}
         else:
             source, label = self.evaluated
-            identity |= {
+            identity = {
+                **self.protocol,
                 "model": source.identity,
-                "seeds": list(evaluation.seeds),
-                "decoding": evaluation.decoding.model_dump(mode="json"),
                 "precision": self.config.hardware.precision,
             }
         return self._key("evaluations", f"{label}-on-{evaluation.name}", identity)

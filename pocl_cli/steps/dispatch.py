@@ -10,12 +10,12 @@ from pocl_cli.steps.predictions import evaluate_predictions, report
 from pocl_cli.steps.result import StepResult
 
 if TYPE_CHECKING:
-    from pocl_cli.config import Run
+    from pocl_cli.run import Run
 
 
 def run_step(run: Run) -> StepResult | None:
     """The result of `run`, found or made; None where only a plan was asked for."""
-    if not run.config.plan.enabled:
+    if run.step != "compare" and not run.config.plan.enabled:
         found = find_finished(run)
         if found is not None:
             return found

@@ -17,12 +17,20 @@ from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.artifacts.store import Store
-from pocl_cli.config import Run
-from pocl_cli.curriculum.partition import SUMMARISED, cut, partition_summary, sample_places
+from pocl_cli.curriculum.partition import (
+    SUMMARISED,
+    cut,
+    cut_at_quantiles,
+    cut_at_thresholds,
+    partition_summary,
+    sample_places,
+)
 from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
-from pocl_cli.difficulty.scores import IntArray, Scores
+from pocl_cli.difficulty.scores import FloatArray, IntArray, Scores
 from pocl_cli.log import get_logger
 from pocl_cli.records import Subset
+from pocl_cli.run import Run
+from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult, obtain
 
@@ -55,7 +63,7 @@ def run(run: Run) -> StepResult:
         warning = tie_warning(ties)
         if warning:
             get_logger().warning(warning)
-        subsets = cut(len(order), run.config.curriculum.stages)
+        subsets = _cut(run.config, values[order])
 
         # ── write ─────────────────────────────────────────────────────────────────────────────────────────────────
         ordered = scores.table.take(order)
@@ -65,7 +73,13 @@ def run(run: Run) -> StepResult:
         durable.write_parquet(work.path / "partition.parquet", _table(ordered["id"], subsets))
         durable.write_json(
             work.path / "summary.json",
-            {"difficulty": difficulty.name, "subsets": summary, "tie_shares": ties, "warning": warning},
+            {
+                "difficulty": difficulty.name,
+                "subsets": summary,
+                "hardest": [float(values[order[subset[-1]]]) for subset in subsets],
+                "tie_shares": ties,
+                "warning": warning,
+            },
         )
         artifact = work.commit(
             config=run.resolved,
@@ -86,6 +100,17 @@ def read_partition(store: Store, artifact: Artifact) -> list[Subset]:
         Subset(index, tuple(rows["id"].slice(start, size).to_pylist()))
         for index, start, size in zip(indices.tolist(), starts.tolist(), sizes.tolist(), strict=True)
     ]
+
+
+def _cut(config: PoclConfig, ordered: FloatArray) -> tuple[range, ...]:
+    """The subsets under the `partition` section; `ordered` are the difficulties, ascending."""
+    num_subsets, at = config.curriculum.stages, config.partition.at
+    if config.partition.by == "counts":
+        return cut(len(ordered), num_subsets)
+    if config.partition.by == "quantiles":
+        return cut_at_quantiles(ordered, num_subsets, at)
+    assert at is not None, "configuration refuses thresholds that are not given"
+    return cut_at_thresholds(ordered, at)
 
 
 def _read_scores(store: Store, artifact: Artifact, needs: Iterable[str]) -> tuple[Scores, Instructions]:

@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocl_cli import tables
-from pocl_cli.curriculum.partition import cut
-from pocl_cli.curriculum.stage_table import StageRow, stage_table
-from pocl_cli.data.sources import load_dataset
-from pocl_cli.data.split import split_dev
 from pocl_cli.data.template import encode
 from pocl_cli.errors import ArtifactError, ResourceError
-from pocl_cli.records import Subset, TokenisedRow
+from pocl_cli.records import TokenisedRow
+from pocl_cli.steps.stages import planned_table, training_records
 from pocl_cli.training.checkpoint import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pocl_cli.curriculum.stage_table import StageRow
     from pocl_cli.models.source import ModelSource
     from pocl_cli.records import Record
     from pocl_cli.schema import PoclConfig
@@ -51,25 +49,12 @@ def show(chain: Chain) -> None:
     """Prints the resolved stage table and estimates of tokens, memory, disk and time, as far as they can be known."""
     config = chain.config
     chain = replace(chain, run=replace(chain.run, config=config.model_copy(update={"upstream": "require"})))
-    records = None if config.plan.num_rows is not None else _training_records(config)
+    records = None if config.plan.num_rows is not None else training_records(config)
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
-    ids = [str(number) for number in range(num_rows)]
-    parts = cut(num_rows, config.curriculum.stages) if config.curriculum.needs_partition else [range(num_rows)]
-    subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
-    table = stage_table(
-        config.curriculum(subsets),
-        global_batch_size=config.train.global_batch_size,
-        drop_last=config.train.drop_last,
-        lr=config.train.lr,
-        max_steps=config.train.max_steps,
-    )
+    table = planned_table(chain, num_rows)
     tables.stage_table(table)
     tables.summary_panel("plan", _estimates(chain, table, records))
-
-
-def _training_records(config: PoclConfig) -> Sequence[Record]:
-    return split_dev(load_dataset(config.dataset).records, config.dataset.dev_size, config.dataset.seed)[0]
 
 
 def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record] | None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.data.rows import read_rows
 from pocl_cli.data.sources import load_dataset
 from pocl_cli.errors import DataError
 from pocl_cli.evaluation.metrics import ScoredAnswer, dataset_metrics, score_answers
 from pocl_cli.records import Record
+from pocl_cli.run import Run
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.result import StepResult
 
@@ -45,7 +45,8 @@ def evaluate_predictions(run: Run) -> StepResult:
         answers = score_answers(loaded.records, texts)
         metrics = {dataset.name: dataset_metrics(loaded.records, {None: answers})}
         lines = prediction_lines(dataset.name, None, loaded.records, texts, answers)
-        artifact = commit_evaluation(run, work, metrics, lines, {}, exclude=[])
+        write_evaluation(work.path, metrics, lines)
+        artifact = commit_evaluation(run, work, {}, exclude=[])
     return report(StepResult(artifact, made=True))
 
 
@@ -81,17 +82,14 @@ def prediction_lines(
     ]
 
 
-def commit_evaluation(
-    run: Run,
-    work: Work,
-    metrics: Mapping[str, Any],
-    predictions: Sequence[Mapping[str, Any]],
-    inputs: Mapping[str, str],
-    exclude: Sequence[str],
-) -> Artifact:
-    """Writes metrics.json and predictions.jsonl and makes the artifact."""
-    durable.write_json(work.path / "metrics.json", {"datasets": metrics})
-    durable.write_jsonl(work.path / "predictions.jsonl", predictions)
+def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Writes metrics.json and predictions.jsonl."""
+    durable.write_json(folder / "metrics.json", {"datasets": metrics})
+    durable.write_jsonl(folder / "predictions.jsonl", predictions)
+
+
+def commit_evaluation(run: Run, work: Work, inputs: Mapping[str, str], exclude: Sequence[str]) -> Artifact:
+    """Makes the artifact from what `write_evaluation` wrote."""
     return work.commit(config=run.resolved, inputs=dict(inputs), command=run.command, seed=None, exclude=exclude)
 
 

@@ -11,7 +11,7 @@ from pocl_cli.log import get_logger
 if TYPE_CHECKING:
     from pocl_cli.artifacts.manifest import Artifact, ArtifactKey
     from pocl_cli.artifacts.store import Store
-    from pocl_cli.config import Run
+    from pocl_cli.run import Run
 
 
 @dataclass(frozen=True)

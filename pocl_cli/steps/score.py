@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_cli.artifacts import durable
-from pocl_cli.config import Run
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
@@ -20,15 +19,20 @@ from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_har
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import check_context, load_model, load_tokenizer, read_config
 from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
+from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import ScoredRecord, TokenisedRow
-from pocl_cli.schema import DecodingConfig, PoclConfig
+from pocl_cli.run import Run
+from pocl_cli.schema import DecodingConfig
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.shard_files import SHARDS, ShardFiles
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training.measure_teacher import measure_teacher
+from pocl_cli.training.parallel import Processes
 from pocl_cli.training.shards import in_shards
 
 # Measures the rows of a shard. Batches are formed inside a shard, and shards depend on the rows alone, so an
@@ -64,62 +68,86 @@ def _measure(chain: Chain, who: str) -> StepResult:
     with chain.store.open_work(key) as work:
         if work.finished is not None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
-        hardware = set_up_hardware(chain.config.hardware)
-        rows = _rows(chain, who)
-        with memory_errors_explained(hardware, f"measuring the {who}"):
-            measure = (_student_measurer if who == "student" else _teacher_measurer)(chain, rows, hardware)
-            scored = _measure_in_shards(chain.config, who, rows, measure, work.path / "shards")
-        beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
-        table = pa.table([*_table(scored).columns, beginnings], schema=SCORES)
-        durable.write_parquet(work.path / "scores.parquet", table)
-        durable.write_jsonl(
-            work.path / "dropped.jsonl",
-            [{"location": row.location, "reason": row.reason, "id": row.id} for row in rows.dropped],
-        )
-        figures = _figures(scored)
+        _check_models(chain, who)
+        measured = do_part(f"score_{who}", chain, work)
         artifact = work.commit(
             config=chain.run.resolved,
             inputs={},
             command=chain.run.command,
             seed=chain.config.score.seed if who == "student" else None,
-            extra=figures,
-            exclude=["shards"],
+            extra=measured["figures"],
+            exclude=[SHARDS, FOLDER, LOCK],
         )
-    get_logger().info("the %s on %d rows: %s", who, len(scored), ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-    return StepResult(artifact, made=True, figures=figures)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in measured["figures"].items())
+    get_logger().info("the %s on %d rows: %s", who, measured["num_rows"], figures)
+    return StepResult(artifact, made=True, figures=measured["figures"])
 
 
-def _rows(chain: Chain, who: str) -> TrainingRows:
-    """The training rows, once tokenizer and context of the model are known to suit them."""
+def _check_models(chain: Chain, who: str) -> None:
+    """What can be known before the weights are read: tokenizers that differ, a context that is too short."""
     source = chain.student if who == "student" else chain.teacher
     assert source is not None, "a chain without a teacher has no teacher to measure"
-    tokenizer = load_tokenizer(chain.student)
     if who == "teacher":
-        compare_tokenizers(load_tokenizer(source), tokenizer)
+        compare_tokenizers(load_tokenizer(source), load_tokenizer(chain.student))
     new_tokens = chain.config.score.max_new_tokens if who == "student" else 0
     needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
     check_context(read_config(source), needed)
-    return training_rows(chain.config, tokenizer)
 
 
-def _measure_in_shards(
-    config: PoclConfig, who: str, rows: TrainingRows, measure: Measure, folder: Path
-) -> list[ScoredRecord]:
-    """Measures shard after shard, each written when it is whole; those of an interrupted run are read back."""
-    durable.make_folder(folder)
-    scored: list[ScoredRecord] = []
-    with progress(f"{config.dataset.name}: measuring the {who}", len(rows.train)) as advance:
-        for number, ids in enumerate(in_shards(rows.train)):
-            path = folder / f"{number:06d}.parquet"
-            if path.exists():
-                scored += [ScoredRecord(**row) for row in pq.read_table(path).to_pylist()]
-            else:
-                measured = measure([rows.train.row(record_id) for record_id in ids])
-                durable.write_parquet(path, _table(measured))
-                scored += measured
-            advance(len(ids))
-    by_id = {row.id: row for row in scored}
-    return [by_id[record_id] for record_id in rows.train.ids]
+# ── inside each process ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def score_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
+    """Cross entropy, an answer and its ROUGE-L of every row; see `_measured`."""
+    return _measured(chain, "student", _student_measurer, folder, processes)
+
+
+def score_teacher(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
+    """Cross entropy of every row; see `_measured`."""
+    return _measured(chain, "teacher", _teacher_measurer, folder, processes)
+
+
+def _measured(
+    chain: Chain,
+    who: str,
+    measurer: Callable[[Chain, TrainingRows, Hardware], Measure],
+    folder: Path,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Leaves `scores.parquet` and `dropped.jsonl` in `folder`, whoever measured which shard; `num_rows` and `figures`.
+
+    A shard is written when it is whole; those of an interrupted run are not measured again.
+    """
+    hardware = set_up_hardware(chain.config.hardware, rank=processes.local_rank)
+    rows = training_rows(chain.config, load_tokenizer(chain.student))
+    shards, files = in_shards(rows.train), ShardFiles(folder / SHARDS, "parquet")
+    missing = files.missing(shards, processes)
+    if missing:
+        num_rows = sum(len(ids) for _, ids in missing)
+        with (
+            memory_errors_explained(hardware, f"measuring the {who}"),
+            progress(f"{chain.config.dataset.name}: measuring the {who}", num_rows) as advance,
+        ):
+            measure = measurer(chain, rows, hardware)
+            for path, ids in missing:
+                durable.write_parquet(path, _table(measure([rows.train.row(record_id) for record_id in ids])))
+                advance(len(ids))
+    if not processes.is_first:
+        return {}
+    measured = [row for path in files.all(len(shards)) for row in pq.read_table(path).to_pylist()]
+    by_id = {row["id"]: ScoredRecord(**row) for row in measured}
+    scored = [by_id[record_id] for record_id in rows.train.ids]
+    _write(folder, rows, scored)
+    return {"num_rows": len(scored), "figures": _figures(scored)}
+
+
+def _write(folder: Path, rows: TrainingRows, scored: Sequence[ScoredRecord]) -> None:
+    beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
+    durable.write_parquet(folder / "scores.parquet", pa.table([*_table(scored).columns, beginnings], schema=SCORES))
+    durable.write_jsonl(
+        folder / "dropped.jsonl",
+        [{"location": row.location, "reason": row.reason, "id": row.id} for row in rows.dropped],
+    )
 
 
 def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:

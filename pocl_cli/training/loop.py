@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
 from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
@@ -24,7 +25,7 @@ from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
 from pocl_cli.training.journal import Journal, Pace, SilentJournal
 from pocl_cli.training.objective import collate
-from pocl_cli.training.optimizer import cosine, make_optimizer
+from pocl_cli.training.optimizer import make_optimizer
 from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.replica import Replica
 from pocl_cli.training.sampler import Sampler, micro_batches
@@ -73,7 +74,7 @@ class TrainingJob:
     settings: LoopSettings
     folder: Path
     evaluate_dev: Callable[[], dict[str, float]] | None
-    track: Callable[[Mapping[str, Any], int], None]
+    track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
 
@@ -105,23 +106,25 @@ def train(job: TrainingJob) -> TrainingState:
         with replica.whole():
             journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
 
+    rates = learning_rates(job.stages, _schedule_steps(job), start=settings.lr, end=settings.lr_end)
     saved, optimizer, guard = state, None, None
     signals = processes.signals()
     try:
-        for row, stage in zip(job.table[state.stage :], job.stages[state.stage :], strict=True):
+        left = slice(state.stage, None)
+        for row, stage, rate in zip(job.table[left], job.stages[left], rates[left], strict=True):
             if row["steps"] == 0:
                 continue
 
-            # ── a stage: fresh optimizer and learning-rate schedule, weights carried over ─────────────────────────
+            # ── a stage: weights carried over, and optimizer and learning-rate schedule where it keeps them ───────
             sampler = Sampler(
                 stage,
                 seed=settings.seed,
                 global_batch_size=settings.global_batch_size,
                 drop_last=settings.drop_last,
             )
-            schedule_steps = _schedule_steps(job, stage, row)
-            optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
-            if resumed_from and state.stage_step:
+            if optimizer is None or stage.restart_optimizer:
+                optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
+            if resumed_from and (state.stage_step or _keeps_optimizer(job, state.stage)):
                 checkpoint.load_optimizer(resumed_from, optimizer, student.backbone, replica.part)
             if not state.stage_step:
                 get_logger().info(
@@ -136,7 +139,7 @@ def train(job: TrainingJob) -> TrainingState:
             for stage_step in range(state.stage_step, row["steps"]):
                 # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
                 torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
-                lr = cosine(stage_step, schedule_steps, start=settings.lr, end=settings.lr_end)
+                lr = rate.at(stage_step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
@@ -199,7 +202,8 @@ def train(job: TrainingJob) -> TrainingState:
                     checkpoint.load_best(checkpoints, state.best, student.backbone)
                 processes.barrier()  # the next checkpoint removes what has now been read
             state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
-            state = saved = _save(job, replica, journal, state, None)
+            kept = optimizer if _keeps_optimizer(job, state.stage) else None
+            state = saved = _save(job, replica, journal, state, kept)
             resumed_from = None
         if signals.pending is not None:
             raise signals.pending
@@ -228,11 +232,20 @@ class _Waited:
         return Pace(seconds / (state.step - self.state.step), (state.num_tokens - self.state.num_tokens) / seconds)
 
 
-def _schedule_steps(job: TrainingJob, stage: Stage, row: StageRow) -> int:
-    """Length of the stage's learning-rate schedule: a stop inside several stages (max_steps) does not shorten it."""
+def _schedule_steps(job: TrainingJob) -> list[int]:
+    """Length of every stage for its learning rate: a stop inside several stages (max_steps) does not shorten it."""
     if len(job.table) == 1:
-        return row["steps"]
-    return stage_steps(stage, global_batch_size=job.settings.global_batch_size, drop_last=job.settings.drop_last)
+        return [job.table[0]["steps"]]
+    settings = job.settings
+    return [
+        stage_steps(stage, global_batch_size=settings.global_batch_size, drop_last=settings.drop_last)
+        for stage in job.stages
+    ]
+
+
+def _keeps_optimizer(job: TrainingJob, index: int) -> bool:
+    """Whether the stage `index` goes on with the moments of the one before."""
+    return 0 < index < len(job.stages) and not job.stages[index].restart_optimizer
 
 
 def _accumulate(

@@ -1,8 +1,6 @@
-"""AdamW as in the paper, and the learning rate as a pure function of the step."""
+"""AdamW as in the paper."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -16,8 +14,3 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
-
-
-def cosine(step: int, num_steps: int, *, start: float, end: float) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `num_steps`: a half cosine from `start` towards `end`."""
-    return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from pocl_cli.errors import WorkerError
 from pocl_cli.training.replica import Replica, SummedReplica
 from pocl_cli.training.signals import JointSignals, Signals
 
 if TYPE_CHECKING:
+    from pocl_cli.processes.outer import Outer
     from pocl_cli.training.student import StudentWithObjective
 
 
@@ -31,11 +34,13 @@ class Processes:
     Attributes:
         rank: which process this is, from 0.
         size: how many there are.
+        local_rank: which process of its machine this is, from 0.
         parallel: how they train together, as `hardware.parallel` names it.
     """
 
     rank = 0
     size = 1
+    local_rank = 0
     parallel = "none"
 
     @property
@@ -75,12 +80,12 @@ ALONE = Processes()
 
 
 class ProcessGroup(Processes):
-    """One of several processes, made by `join`. Each holds the whole student; gradients are summed."""
+    """One of several processes, made by `join` or `join_launched`. Each holds the whole student and sums gradients."""
 
     parallel = "ddp"
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
+        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
 
     def replica(self, student: StudentWithObjective) -> Replica:
         return SummedReplica(student, self)
@@ -146,27 +151,78 @@ def join(
     Raises:
         WorkerError: a process does not come in time.
     """
+    _bind_to_loopback()
+    with in_touch():
+        store = FileStore(str(folder / "rendezvous"), size)
+    with _grouped(store, rank, size, device, timeout_seconds):
+        yield _GROUPS[parallel](rank, size, rank, device)
+
+
+class Board:
+    """Short texts that every process of a launcher can write and read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = PrefixStore("pocl", store)
+
+    def write(self, name: str, text: str) -> None:
+        """Raises WorkerError where the process that keeps the board is gone."""
+        with in_touch():
+            self._store.set(name, text)
+
+    def read(self, name: str) -> str | None:
+        """None where nothing has been written. Raises WorkerError where the process that keeps the board is gone."""
+        with in_touch():
+            return self._store.get(name).decode() if self._store.check([name]) else None
+
+
+@contextmanager
+def join_launched(
+    outer: Outer, *, device: torch.device, timeout_seconds: float, parallel: str = "ddp"
+) -> Iterator[tuple[Board, ProcessGroup]]:
+    """Meets the other processes that a launcher started, where it says (`MASTER_ADDR` and `MASTER_PORT`).
+
+    Raises WorkerError where one does not come in time.
+    """
+    if outer.num_nodes == 1:
+        _bind_to_loopback()
+    os.environ.update(RANK=str(outer.rank), WORLD_SIZE=str(outer.size))
+    os.environ.setdefault("MASTER_PORT", "29500")
+    with in_touch():
+        meeting = rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))
+        store, rank, size = next(iter(meeting))
+    with _grouped(PrefixStore("group", store), rank, size, device, timeout_seconds):
+        yield Board(store), _GROUPS[parallel](rank, size, outer.local_rank, device)
+
+
+def _bind_to_loopback() -> None:
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+
+
+@contextmanager
+def _grouped(store: Store, rank: int, size: int, device: torch.device, timeout_seconds: float) -> Iterator[None]:
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with in_touch():
+        store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        place = (folder / "rendezvous").absolute().as_uri()
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
-    yield _GROUPS[parallel](rank, size, device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    yield
     dist.destroy_process_group()
 
 
 @contextmanager
-def in_touch() -> Iterator[None]:
-    """Around what needs the other processes. Raises WorkerError where one is gone, or has not answered."""
+def in_touch(*, computes: bool = False) -> Iterator[None]:
+    """Around what needs the other processes. Raises WorkerError where one is gone, or has not answered.
+
+    Torch says so by a RuntimeError; where something is computed as well (`computes`), there are others too.
+    """
     try:
         yield
     except RuntimeError as error:
         # Gloo has no error class of its own; its messages begin with the place in its source.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if computes and not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise WorkerError(
             "another worker process is gone or does not answer",

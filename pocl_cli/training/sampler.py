@@ -6,8 +6,13 @@ import functools
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import permutation
+
+IntArray = npt.NDArray[np.int64]
 
 # What one more forward and backward pass costs, in tokens that could have been padding instead: launching the layers,
 # reading the weights, adding up the gradient of the output layer.
@@ -18,7 +23,7 @@ class Sampler:
     """The global batches of one stage, in order.
 
     Args:
-        stage: whose record ids are shuffled anew in each epoch.
+        stage: whose record ids are shuffled anew in each epoch; those with `times` are spread evenly over the epochs.
         seed: the training seed.
         global_batch_size: sequences per optimizer step.
         drop_last: leave out the last, smaller batch of every epoch.
@@ -29,6 +34,7 @@ class Sampler:
         whole, rest = divmod(len(stage.record_ids), global_batch_size)
         self.steps_per_epoch = whole if drop_last or not rest else whole + 1
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+        self._places = self._spread(stage.times) if stage.times is not None else None
 
     def epoch(self, step: int) -> int:
         """The epoch (from 0) that the stage's step (from 0) belongs to."""
@@ -42,7 +48,27 @@ class Sampler:
 
     def _epoch_order(self, epoch: int) -> list[str]:
         ids = self.stage.record_ids
-        return [ids[i] for i in permutation(len(ids), self.seed, "order", self.stage.index, epoch)]
+        shuffled = permutation(len(ids), self.seed, "order", self.stage.index, epoch)
+        if self._places is not None:
+            # One stage alone may have more steps than its epochs (max_steps): it goes through them again.
+            start = epoch % self.stage.epochs * len(ids)
+            shuffled = self._places[start : start + len(ids)][shuffled]
+        return [ids[i] for i in shuffled]
+
+    def _spread(self, times: Sequence[int]) -> IntArray:
+        """The place of every draw's row, [epochs × rows]: the draws of each row at equal distances, from its own first.
+
+        So every epoch has as many draws as the stage has rows, and a row is in each as often as in the others, or once
+        more.
+        """
+        counts = np.array(times, dtype=np.int64)
+        total = len(counts) * self.stage.epochs
+        assert counts.sum() == total, f"{counts.sum()} draws in a stage of {total}"
+        first = (permutation(len(counts), self.seed, "spread", self.stage.index) + 0.5) / len(counts)
+        places = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        spread: IntArray = places[np.argsort((number + first[places]) / counts[places], kind="stable")]
+        return spread
 
 
 def share(rows: Sequence[TokenisedRow], rank: int, size: int) -> list[TokenisedRow]:

@@ -70,7 +70,7 @@ class ShardedReplica(Replica):
             yield group
 
     def add_gradients(self, batch: Batch, **terms: Any) -> ObjectiveOutput:
-        with in_touch():
+        with in_touch(computes=True):
             return super().add_gradients(batch, **terms)
 
     def sum_gradients(self) -> None:
@@ -93,6 +93,8 @@ class ShardedReplica(Replica):
         before = self._gather_state(optimizer) if optimizer is not None else {}
         try:
             yield
+            # A process that has nothing to write does not end while the first one writes.
+            self.processes.barrier()
             if changes:
                 for parameter, shard in self._shards.items():
                     shard.to_local().detach().copy_(self.part(parameter, parameter.detach()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
+from pocl_cli import interrupts
 from pocl_cli.errors import Interrupted
 
 
@@ -38,10 +40,16 @@ class Signals:
         self._at_once = True
         try:
             yield
+        except Exception as error:
+            if self.pending is not None:  # a library has made an exception of its own of it
+                raise self.pending from error
+            raise
         finally:
             self._at_once = False
 
-    def _keep(self, number: int, frame: object) -> None:
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if interrupts.deferred(number, frame):
+            return
         if self.pending is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

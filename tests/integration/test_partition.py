@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pocl_cli.config import Run
 from pocl_cli.difficulty.random import Random
 from pocl_cli.records import Record
-from pocl_cli.steps import partition
+from pocl_cli.run import Run
+from pocl_cli.steps import partition, plan
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.score import SCORES
 
@@ -100,6 +100,32 @@ def test_partition_when_rows_tie_then_it_is_the_plain_order_in_the_same_bytes(tm
     assert first["sample_instructions"] == [f"do {ordered[place]['id']}" for place in (0, size // 2, size - 1)]
     for name, factor in (("rouge_l", 100), ("cross_entropy", 1), ("num_prompt_tokens", 1), ("num_response_tokens", 1)):
         assert first[name] == pytest.approx(factor * sum(row[name] for row in ordered[:size]) / size, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("by", "at", "sizes"),
+    [("thresholds", [0.25, 0.75], (2, 6, 8)), ("quantiles", [0.1, 0.8], (1, 7, 8)), ("quantiles", None, (3, 6, 8))],
+)
+def test_partition_when_borders_are_given_then_equal_rows_stay_together_and_the_plan_shows_the_sizes(
+    tmp_path: Path, by: str, at: list[float] | None, sizes: tuple[int, ...]
+) -> None:
+    # Cross entropies 1/8, 2/8 … 8/8, ten rows each; the ends of the subsets are those of whole groups.
+    made = [{**rows(1)[0], "id": f"row{index:02d}", "cross_entropy": (index // 10 + 1) / 8} for index in range(80)]
+    words = overrides(tmp_path, "difficulty=cross_entropy", f"partition.by={by}", f"partition.at={at or 'null'}")
+    run = compose(words, "partition")
+    commit_scores(run, made, row_group_size=1000)
+
+    artifact = partition.run(run).artifact
+
+    ends = [10 * number for number in sizes]
+    subsets = partition.read_partition(Chain(run).store, artifact)
+    found = [len(subset.record_ids) for subset in subsets]
+    assert found == [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert [record_id for subset in subsets for record_id in subset.record_ids] == [row["id"] for row in made]
+    summary = json.loads((artifact.path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["hardest"] == [number / 8 for number in sizes]
+    assert [one["num_rows"] for one in summary["subsets"]] == found
+    assert plan._parts(Chain(run), 80) == [range(s, e) for s, e in zip([0, *ends], ends, strict=False)]
 
 
 def test_partition_when_the_row_groups_are_others_then_the_bytes_are_the_same(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError, SecurityError
+from pocl_cli.run import Run
 from pocl_cli.steps.chain import Chain
 
 from ..support.folders import memory_folder

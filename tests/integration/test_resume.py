@@ -20,8 +20,8 @@ import torch
 
 from pocl_cli import faults
 from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
+from pocl_cli.run import Run
 from pocl_cli.steps import partition
 from pocl_cli.trackers import TrackerRun
 from pocl_cli.training.loop import TrainingJob, train
@@ -29,7 +29,7 @@ from pocl_cli.training.loop import TrainingJob, train
 from ..support.folders import memory_folder
 from ..support.processes import die, die_at_operation, forked
 from ..support.recipe import changed, compose, distilled, promised_hashes, recipe, write_inputs
-from ..support.training import make_job, make_student, toy_rows, train_lines
+from ..support.training import make_job, make_student, toy_rows, train_lines, two_stages
 
 NUM_STEPS, NUM_DEV_LINES = 24, 5
 
@@ -108,6 +108,19 @@ def abort_after(step: int) -> Callable[..., None]:
             raise Aborted
 
     return show
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2])
+def test_loop_when_the_next_stage_keeps_the_optimizer_then_ends_in_the_same_bytes(tmp_path, checkpoint_every):
+    kept = [replace(stage, restart_optimizer=False, restart_lr=False) for stage in two_stages(toy_rows(8))]
+    undisturbed = result(tmp_path / "undisturbed", small_job(tmp_path / "undisturbed", stages=kept))
+
+    for step in range(1, 6):
+        job = small_job(tmp_path / str(step), stages=kept, checkpoint_every=checkpoint_every)
+        with suppress(Aborted):
+            train(replace(job, show=abort_after(step)))
+        again = small_job(tmp_path / str(step), stages=kept, checkpoint_every=checkpoint_every)
+        assert result(tmp_path / str(step), again) == undisturbed, f"aborted after step {step}"
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 1000])

@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_cli.artifacts import Artifact, Store
 from pocl_cli.artifacts.manifest import verify
-from pocl_cli.config import Run
+from pocl_cli.errors import ArtifactError
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import load_tokenizer
+from pocl_cli.registry import schedulers
+from pocl_cli.run import Run
 from pocl_cli.steps import distill
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.rows import training_rows
+from pocl_cli.training.journal import Journal
 from pocl_cli.training.measure import measure_cross_entropy
 
 from ..support.folders import memory_folder
@@ -93,6 +96,43 @@ def test_consumed_rows_when_a_stage_trains_then_come_from_its_subsets_and_each_o
             ids = [row["id"] for row in consumed if (row["stage"], row["epoch"]) == (stage, epoch)]
             assert sorted(ids) == sorted(record_id for record_id in subset if subset[record_id] <= stage)
             assert len(ids) == rows
+
+
+def test_manifest_when_a_student_is_finished_then_says_which_subsets_each_stage_used(distil):
+    assert distil().manifest.audit == [
+        {"stage": 0, "steps": 8, "subsets": [0], "num_rows": 12, "times": [2, 2]},
+        {"stage": 1, "steps": 16, "subsets": [0, 1], "num_rows": 24, "times": [2, 2]},
+    ]
+    assert distil(checkpoint_policy="last", max_steps=11).manifest.audit == [
+        {"stage": 0, "steps": 8, "subsets": [0], "num_rows": 12, "times": [2, 2]},
+        {"stage": 1, "steps": 3, "subsets": [0, 1], "num_rows": 9, "times": [0, 1]},
+    ]
+
+
+def test_run_when_the_loop_saw_other_rows_than_the_table_says_then_gives_no_student(run, place, monkeypatch):
+    changed_run = changed(run, outputs=place / "wrong-rows", train=run.config.train.model_copy(update={"seed": 5}))
+    whole = Journal.consumed
+    seen: list[str] = []
+
+    def one_row_again(self: Journal, record_ids: list[str], **labels: int) -> None:
+        seen.extend(record_ids)
+        whole(self, [seen[0], *record_ids[1:]] if len(seen) == 6 else record_ids, **labels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "consumed", one_row_again)
+        with pytest.raises(ArtifactError, match=r"stage 0 saw a row twice in one epoch"):
+            distilled(changed_run)
+    assert Store(place / "wrong-rows").find(Chain(changed_run).student_key) is None
+
+
+@pytest.mark.parametrize("curriculum", schedulers.names())
+@pytest.mark.parametrize("exposure", ["epochs", "balanced"])
+def test_curriculum_when_any_is_run_then_it_passes_its_audit(place, curriculum, exposure):
+    words = [f"curriculum={curriculum}", f"curriculum.exposure={exposure}", "train.evaluate_every=0"]
+
+    artifact = distilled(compose([*recipe(place / "inputs", place / "outputs"), *words]))
+
+    assert [stage["steps"] for stage in artifact.manifest.audit or []] == [row["steps"] for row in stages_of(artifact)]
 
 
 def test_dev_lines_when_written_then_have_their_own_names_and_no_dev_row_is_trained_on(distil, run):

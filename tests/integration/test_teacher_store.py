@@ -20,8 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaModel
 
 from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.config import Run
 from pocl_cli.errors import ArtifactError
+from pocl_cli.run import Run
 from pocl_cli.steps import score
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.teacher import stored_sizes

@@ -31,6 +31,45 @@ class Finished:
         return [line for line in self.stderr.splitlines() if line.startswith("pocl: error: ")]
 
 
+@dataclass(frozen=True)
+class Running:
+    """A command that is at work."""
+
+    command: str
+    pid: int
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        path = Path(self.folder.name) / "stderr"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def wait(self, timeout_seconds: float = 100, meanwhile: Callable[[], object] = lambda: None) -> Finished:
+        """Waits for its end, and calls `meanwhile` again and again until then."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                with self.folder as folder:
+                    stdout, stderr = ((Path(folder) / name).read_text("utf-8") for name in ("stdout", "stderr"))
+                return Finished(self.command, os.waitstatus_to_exitcode(status), stdout, stderr)
+            meanwhile()
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"the command hung; it had said: {self.stderr}")
+
+
+def start_pocl(*words: str, cwd: Path, env: Mapping[str, str] | None = None) -> Running:
+    """Starts `pocl WORDS…` in `cwd`, where its outputs go, with further environment variables."""
+    folder = tempfile.TemporaryDirectory()
+    pid = os.fork()
+    if pid == 0:
+        _child(words, cwd, env or {}, [Path(folder.name) / "stdout", Path(folder.name) / "stderr"])
+    return Running(shlex.join(["pocl", *words]), pid, folder)
+
+
 def run_pocl(
     *words: str,
     cwd: Path,
@@ -49,15 +88,15 @@ def run_pocl(
         interrupt_by: that signal; SIGINT is Ctrl-C.
         timeout_seconds: after it the process is killed, and the test fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        pid = os.fork()
-        if pid == 0:
-            _child(words, cwd, env or {}, streams)
-        interrupts = [(interrupt_at, interrupt_by)] if interrupt_at else []
-        code = _waited(pid, streams[1], interrupts, time.monotonic() + timeout_seconds)
-        stdout, stderr = (path.read_text(encoding="utf-8") for path in streams)
-    return Finished(shlex.join(["pocl", *words]), code, stdout, stderr)
+    running = start_pocl(*words, cwd=cwd, env=env)
+    waiting = [interrupt_at] if interrupt_at else []
+
+    def interrupt() -> None:
+        if waiting and waiting[0](running.stderr):
+            waiting.clear()
+            os.kill(running.pid, interrupt_by)
+
+    return running.wait(timeout_seconds, interrupt)
 
 
 def _child(words: tuple[str, ...], cwd: Path, env: Mapping[str, str], streams: list[Path]) -> None:
@@ -79,18 +118,3 @@ def _child(words: tuple[str, ...], cwd: Path, env: Mapping[str, str], streams: l
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _waited(
-    pid: int, stderr: Path, interrupts: list[tuple[Callable[[str], bool], signal.Signals]], deadline: float
-) -> int:
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if interrupts and stderr.exists() and interrupts[0][0](stderr.read_text(encoding="utf-8")):
-            os.kill(pid, interrupts.pop()[1])
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError(f"the command hung; it had said: {stderr.read_text(encoding='utf-8')}")

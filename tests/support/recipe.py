@@ -12,8 +12,9 @@ from hydra import initialize_config_dir
 
 from pocl_cli.artifacts import Artifact
 from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.config import Run, compose_run, conf_dir
+from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.data.generators.toy import ToyInstructions
+from pocl_cli.run import Run
 from pocl_cli.schema import PathsConfig
 from pocl_cli.steps import distill
 

@@ -161,6 +161,7 @@ def make_job(
         global_batch_size=chosen.global_batch_size,
         drop_last=chosen.drop_last,
         lr=chosen.lr,
+        lr_end=chosen.lr_end,
         max_steps=max_steps,
     )
     return TrainingJob(

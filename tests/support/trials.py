@@ -19,12 +19,13 @@ from pathlib import Path
 
 from hydra import initialize_config_dir
 
-from pocl_cli import cli, faults, log
+from pocl_cli import cli, faults, interrupts, log
 from pocl_cli.artifacts import Store
 from pocl_cli.artifacts.hashing import sha256_file
 from pocl_cli.artifacts.manifest import KINDS, verify
-from pocl_cli.config import Run, compose_run, conf_dir
+from pocl_cli.config import compose_run, conf_dir
 from pocl_cli.errors import Interrupted
+from pocl_cli.run import Run
 from pocl_cli.steps import dispatch, distill, evaluate, partition, score
 
 from .tally import trial
@@ -91,8 +92,7 @@ class Child:
             os.environ.pop(faults.VARIABLE, None)
             if self.fault is not None:
                 os.environ[faults.VARIABLE] = self.fault
-            signal.signal(signal.SIGTERM, cli._raise_interrupted)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            interrupts.catch()
             log._console = None
             log.set_up_console_log()
             faults.arm()

@@ -43,6 +43,17 @@ def test_read_when_no_plan_is_asked_for_then_there_is_none(words: list[str]) -> 
     assert not read("distill", words).plans
 
 
+def test_read_when_a_ramp_is_a_list_then_its_values_are_meant() -> None:
+    words = ["curriculum.temperature=[1,1.2,2]", "curriculum.kd_ratio=[0,1],[1,1]", "curriculum.temperature.end=[1]"]
+    assert read("distill", words).overrides == (
+        "curriculum.temperature.values=[1,1.2,2]",
+        "curriculum.kd_ratio.values=[0,1],[1,1]",
+        "curriculum.temperature.end=[1]",
+    )
+    [inside] = read("distill", ["teacher.overrides=[curriculum.temperature=[1,2],a=1]"]).overrides
+    assert inside == 'teacher.overrides=["curriculum.temperature.values=[1,2]","a=1"]'
+
+
 @pytest.mark.parametrize(
     ("word", "fix"),
     [
@@ -79,6 +90,7 @@ def test_read_when_a_pickle_is_to_be_read_then_it_is_refused(words: list[str]) -
         ("teacher.overrides=['a=1,2',b={x: 1}]", "teacher.overrides=['a=1,2',\"b={x: 1}\"]"),
         ('teacher.overrides=["a=1"]', 'teacher.overrides=["a=1"]'),
         ("teacher.overrides=[]", "teacher.overrides=[]"),
+        ("+comparison.arms.mine=[train.lr=1,b]", '+comparison.arms.mine=["train.lr=1",b]'),
         ("train.lr=[a=1]", "train.lr=[a=1]"),
     ],
 )

@@ -51,7 +51,7 @@ def test_main_when_env_is_asked_for_then_it_says_what_a_bug_report_needs(tmp_pat
     [
         (["dsitll"], ["unknown command 'dsitll'", "did you mean 'pocl distill'?"]),
         (["--hlep"], ["did you mean 'pocl --help'?"]),
-        (["zzz"], ["commands are score, partition, distill, evaluate", "see pocl --help"]),
+        (["zzz"], ["commands are score, partition, distill, evaluate, compare", "see pocl --help"]),
         (["--completion", "fish"], ["no completion for 'fish'", "bash, zsh"]),
     ],
 )

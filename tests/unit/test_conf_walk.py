@@ -1,4 +1,4 @@
-"""Every file of conf/ composes, is valid for all four commands, matches its class, and says what its keys mean."""
+"""Every file of conf/ composes, is valid for all commands, matches its class, and says what its keys mean."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from pydantic import BaseModel
 
 import pocl_cli
 from pocl_cli.cli import STEPS
-from pocl_cli.config import conf_dir, from_hydra
+from pocl_cli.comparison.arms import expand, of_run
+from pocl_cli.config import compose_run, conf_dir, from_hydra
 from pocl_cli.explain import options_of
 from pocl_cli.mistakes import FAMILIES
 from pocl_cli.schema import PoclConfig
+from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.stages import planned_table
 from pocl_cli.validation import keys_of
 
 CONF = conf_dir()
@@ -53,9 +56,22 @@ def test_groups_when_hydra_lists_them_then_they_are_the_folders_of_conf() -> Non
     assert {group: options_of(group) for group in GROUPS} == {group: options(group) for group in GROUPS}
 
 
-def test_primary_configs_when_composed_then_all_four_are_the_same() -> None:
-    composed = [OmegaConf.to_container(compose(step)) for step in STEPS]
-    assert all(one == composed[0] for one in composed)
+def test_primary_configs_when_composed_then_they_are_the_same_and_compare_has_its_own_beside_it() -> None:
+    composed: list[Any] = [OmegaConf.to_container(compose(step)) for step in STEPS]
+    *others, compared = composed
+    assert compared.pop("comparison")["name"] == "pocl_vs_controls"
+    assert (compared["upstream"], others[0]["upstream"]) == ("auto", "require")
+    assert all(one == others[0] for one in [*others, {**compared, "upstream": "require"}])
+
+
+@pytest.mark.parametrize("comparison", options("comparison"))
+def test_comparison_when_chosen_then_its_arms_compose_and_make_equal_or_nearly_equal_steps(comparison: str) -> None:
+    run = compose_run("compare", ["experiment=demo", f"comparison={comparison}", "comparison.seeds=[1]"])
+    runs = expand(run)
+    assert [one.cell.arm for one in runs] == list(of_run(run).arms)
+    if of_run(run).steps_of is None:
+        steps = [sum(row["steps"] for row in planned_table(Chain(one.run), 4000)) for one in runs]
+        assert max(steps) <= 1.005 * min(steps)
 
 
 @pytest.mark.parametrize("recipe", options("experiment"))
@@ -68,10 +84,10 @@ def test_recipe_when_chosen_then_it_composes_and_is_valid_for_all_steps(recipe: 
 @pytest.mark.parametrize("choices", ROUNDS, ids=" ".join)
 def test_options_when_chosen_then_they_compose_and_are_valid_for_all_steps(choices: list[str]) -> None:
     needed = [word for choice in choices for word in COMPANIONS.get(choice, [])]
-    cfg = compose("distill", overrides=[*choices, *needed])
+    cfg = compose("compare", overrides=[*choices, *needed])
     for step in STEPS:
         # The package of a tracker is an extra; a plan does without.
-        planned = compose("distill", overrides=[*choices, *needed, "plan.enabled=true"])
+        planned = compose("compare", overrides=[*choices, *needed, "plan.enabled=true"])
         from_hydra(step, planned if step == "distill" else cfg, [])
 
 
@@ -140,13 +156,16 @@ def test_member_when_a_field_is_in_it_then_some_method_reads_it(family: str, mem
 
 
 def test_composed_configuration_when_walked_then_it_holds_exactly_the_keys_of_the_schema() -> None:
-    values: Any = OmegaConf.to_container(compose("distill"))
+    values: Any = OmegaConf.to_container(compose("compare"))
+    values["comparison"]["arms"] = {}
     known = set(keys_of({key: value for key, value in values.items() if key not in FAMILIES}))
     sections = {f"{name}.{key}" for name, field in PoclConfig.model_fields.items() for key in _keys(field.annotation)}
     assert {key for key in known if "." in key} == sections
 
 
 def _keys(kind: Any) -> Iterator[str]:
+    if type(None) in get_args(kind):
+        kind = get_args(kind)[0]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         for name, field in kind.model_fields.items():
             yield name

@@ -189,7 +189,7 @@ def test_recipe_when_it_does_not_hold_then_the_error_says_whose_it_is(shipped: N
     assert [line.partition(" — ")[0] for line in lines] == [
         "bad value train.seed='x' in teacher.experiment=demo_teacher",
         "bad value train.lr=-1 in teacher.experiment=demo_teacher",
-        "the configuration does not compose in student.experiment=demo_warm_student",
+        "unknown key 'a.b' in student.experiment=demo_warm_student",
     ]
 
 

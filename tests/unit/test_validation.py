@@ -81,6 +81,20 @@ MISTAKES = [
     ({"dataset.limit": 5, "dataset.dev_size": 5}, ["dataset.dev_size=5 takes all of dataset.limit=5", "dev_size=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 2}, ["curriculum.stages=4 is more than there are training rows"]),
     ({"plan.num_rows": 3}, ["plan.num_rows without plan=true", "add plan=true"]),
+    ({"curriculum.temperature.values": [1, 2]}, ["[1.0, 2.0] has 2 numbers for 4 stages", "values=null for a ramp"]),
+    ({"curriculum.exposure": "balance"}, ["did you mean curriculum.exposure=balanced?"]),
+    ({"partition.by": "thresholds"}, ["section 'partition' contradicts itself", "needs the borders"]),
+    ({"partition.at": [0.5]}, ["by=counts has none"]),
+    ({"partition.by": "quantiles", "partition.at": [0.2, 0.5, 1]}, ["between 0 and 1"]),
+    ({"partition.by": "quantiles", "partition.at": [0.2, 0.5, 0.5]}, ["at must ascend"]),
+    (
+        {"partition.by": "thresholds", "partition.at": [0.2, 5]},
+        ["2 borders for 4 subsets", "give 3, or set curriculum.stages=3"],
+    ),
+    (
+        {"partition.by": "quantiles", "plan.num_rows": 8, "plan.enabled": True},
+        ["plan.num_rows with partition.by=quantiles", "leave out plan.num_rows"],
+    ),
 ]
 
 
@@ -142,7 +156,7 @@ def test_validate_when_there_is_no_teacher_then_only_steps_that_need_one_refuse(
 @pytest.mark.parametrize("step", ["score", "partition", "evaluate"])
 def test_validate_when_another_step_is_planned_then_it_is_refused(composed: Composed, step: str) -> None:
     assert mistakes(composed, {"plan.enabled": True}, step) == [
-        f"plan=true with pocl {step} — only distill has a plan — pocl distill plan=true …"
+        f"plan=true with pocl {step} — only distill and compare have a plan — pocl distill plan=true …"
     ]
 
 

@@ -226,3 +226,27 @@ def test_interrupted_when_a_live_process_works_then_does_not_list_it(outputs: Pa
 
     assert while_working == []
     assert [entry.id for entry in Store(outputs).interrupted("students")] == [_KEY.id]
+
+
+def test_lock_when_shared_then_others_may_share_it_and_nobody_holds_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "workers.lock"
+    with lock.share(path, "the work"):
+        with lock.share(path, "the work"), pytest.raises(LockedError), lock.hold(path, "the work"):
+            pass
+        with pytest.raises(LockedError), lock.hold(path, "the work"):
+            pass
+    with lock.hold(path, "the work"), pytest.raises(LockedError), lock.share(path, "the work"):
+        pass
+    assert not path.exists()
+
+
+def test_lock_when_a_process_that_shares_it_is_killed_then_can_be_held_alone(tmp_path: Path) -> None:
+    path = tmp_path / "workers.lock"
+
+    def body() -> None:
+        with lock.share(path, "the work"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert _exit_code(_fork(body)) == -signal.SIGKILL
+    with lock.hold(path, "the work"):
+        pass

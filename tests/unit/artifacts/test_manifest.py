@@ -53,6 +53,7 @@ def test_manifest_when_written_then_holds_everything_that_decided_the_content(ou
         "inputs": {"partition": "0123456789ab"},
         "files": {"rows": {"size": 5, "sha256": hashlib.sha256(b"12345").hexdigest()}},
         "extra": {"num_rows": 3},
+        "audit": None,
         "command": ["pocl", "score", "train.lr=0.1"],
         "seed": 7,
         "status": "complete",

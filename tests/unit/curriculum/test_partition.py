@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_cli.curriculum.partition import SubsetSummary, cut, partition_summary, sample_places
+from pocl_cli.curriculum.partition import (
+    SubsetSummary,
+    cut,
+    cut_at_quantiles,
+    cut_at_thresholds,
+    partition_summary,
+    sample_places,
+)
 from pocl_cli.errors import ConfigError, DataError
 from pocl_cli.records import ScoredRecord
 
@@ -53,6 +62,49 @@ def test_cut_when_more_subsets_than_rows_then_says_how_many_are_possible() -> No
 def test_cut_when_there_are_no_rows_then_is_the_datas_fault() -> None:
     with pytest.raises(DataError, match="no rows"):
         cut(0, 1)
+
+
+DIFFICULTIES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0]), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(DIFFICULTIES, st.integers(1, 5))
+def test_quantiles_when_rows_tie_then_equal_rows_share_a_subset(values: list[float], num_subsets: int) -> None:
+    ordered = np.sort(np.array(values))
+    try:
+        subsets = cut_at_quantiles(ordered, num_subsets, None)
+    except ConfigError:
+        # Less than a subset's rows differ from the others: one would be empty.
+        assert len(set(values)) < len(values) or num_subsets > len(values)
+        return
+    assert [place for subset in subsets for place in subset] == list(range(len(values)))
+    assert len(subsets) == num_subsets
+    for one, other in itertools.pairwise(subsets):
+        assert ordered[one[-1]] < ordered[other[0]]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_quantiles_when_no_rows_tie_then_are_even(num_rows: int, num_subsets: int) -> None:
+    num_subsets = min(num_rows, num_subsets)
+    sizes = [len(subset) for subset in cut_at_quantiles(np.arange(float(num_rows)), num_subsets, None)]
+    assert len(sizes) == num_subsets
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_quantiles_when_shares_are_given_then_cut_there() -> None:
+    subsets = cut_at_quantiles(np.arange(100.0), 3, [0.29, 0.9])
+    assert [len(subset) for subset in subsets] == [29, 61, 10]
+
+
+def test_thresholds_when_given_then_a_row_at_a_border_is_below_it() -> None:
+    ordered = np.array([1.0, 2.0, 2.0, 2.5, 3.0])
+    assert cut_at_thresholds(ordered, [2.0, 2.6]) == (range(0, 3), range(3, 4), range(4, 5))
+
+
+def test_thresholds_when_a_subset_is_empty_then_the_range_of_the_difficulty_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"subset 1 of 3 is empty in partition.at.*go from 1 to 3, and 2 of 3 differ"):
+        cut_at_thresholds(np.array([1.0, 3.0, 3.0]), [1.5, 2.5])
 
 
 def test_sample_places_when_a_subset_is_small_then_names_each_row_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pocl_cli.errors import ConfigError
 from pocl_cli.records import Stage, Subset
 from pocl_cli.registry import describe, schedulers
 
 from ...support.subsets import make_subsets
 
+ENDS = {"start": 1, "end": 1}
+MEMBERS = schedulers.names()
 CONF = Path(__file__).parents[3] / "conf" / "curriculum"
 
 
@@ -64,6 +69,95 @@ def test_baby_step_when_the_partition_is_of_other_stages_then_refuses() -> None:
         _scheduler("baby_step")(make_subsets(_ids(9), 3))
 
 
+def test_one_pass_when_default_then_each_stage_has_one_subset_and_the_run_has_the_passes_of_a_flat_one() -> None:
+    subsets = make_subsets(_ids(11), 4)
+    stages = _scheduler("one_pass")(subsets)
+    assert [stage.record_ids for stage in stages] == [subset.record_ids for subset in subsets]
+    assert sum(stage.epochs * len(stage.record_ids) for stage in stages) == 20 * 11
+
+
+def test_reverse_when_default_then_is_baby_step_from_the_hard_end() -> None:
+    subsets = make_subsets(_ids(12), 4)
+    stages = _scheduler("reverse")(subsets)
+    assert [stage.record_ids for stage in stages] == [tuple(_ids(12)[start:]) for start in (9, 6, 3, 0)]
+    forward = _scheduler("baby_step")(subsets)
+    assert [(s.epochs, s.temperature, s.kd_ratio) for s in stages] == [
+        (s.epochs, s.temperature, s.kd_ratio) for s in forward
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pacing", "shares"),
+    [("linear", [0.2, 0.4, 0.6, 0.8, 1.0]), ("root", [0.2, 0.28**0.5, 0.52**0.5, 0.76**0.5, 1.0])],
+)
+def test_competence_when_paced_then_each_stage_has_the_easiest_share(pacing: str, shares: list[float]) -> None:
+    stages = _scheduler("competence", stages=5, pacing=pacing, initial=0.2)(make_subsets(_ids(1000), 5))
+    for stage, share in zip(stages, shares, strict=True):
+        assert stage.record_ids == tuple(_ids(1000)[: round(1000 * share)])
+
+
+def test_competence_when_default_then_one_optimizer_and_schedule_run_through_about_twenty_passes() -> None:
+    stages = _scheduler("competence")(make_subsets(_ids(1000), 10))
+    assert not any(stage.restart_optimizer or stage.restart_lr for stage in stages)
+    assert sum(stage.epochs * len(stage.record_ids) for stage in stages) == pytest.approx(20_000, rel=0.05)
+
+
+# ── what every registered scheduler promises ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@settings(deadline=None, max_examples=30)
+@given(num_rows=st.integers(1, 60), num_stages=st.integers(1, 12))
+def test_scheduler_when_any_partition_then_its_stages_are_sound(name: str, num_rows: int, num_stages: int) -> None:
+    num_stages = min(num_rows, num_stages)
+    scheduler = _scheduler(name, stages=num_stages)
+    stages = scheduler(make_subsets(_ids(num_rows), num_stages))
+    assert [stage.index for stage in stages] == list(range(num_stages))
+    assert {record_id for stage in stages for record_id in stage.record_ids} == set(_ids(num_rows))
+    for stage in stages:
+        assert stage.record_ids
+        assert len(set(stage.record_ids)) == len(stage.record_ids)
+        assert stage.epochs == _values(name)["epochs_per_stage"]
+        assert stage.times is None
+    assert [stage.temperature for stage in stages] == scheduler.temperature.over(num_stages)
+    assert [stage.kd_ratio for stage in stages] == scheduler.kd_ratio.over(num_stages)
+    assert stages == scheduler(make_subsets(_ids(num_rows), num_stages))
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@settings(deadline=None, max_examples=30)
+@given(rows_per_subset=st.integers(1, 9), num_stages=st.integers(1, 12))
+def test_scheduler_when_balanced_then_the_order_stays_and_all_rows_are_seen_equally_often(
+    name: str, rows_per_subset: int, num_stages: int
+) -> None:
+    num_rows = rows_per_subset * num_stages
+    subsets = make_subsets(_ids(num_rows), num_stages)
+    plain, equal = (
+        _scheduler(name, stages=num_stages)(subsets),
+        _scheduler(name, stages=num_stages, exposure="balanced")(subsets),
+    )
+    assert [replace(stage, times=None) for stage in equal] == plain
+    seen: Counter[str] = Counter()
+    for stage in equal:
+        assert stage.times is not None
+        assert sum(stage.times) == stage.epochs * len(stage.record_ids)
+        seen += Counter(dict(zip(stage.record_ids, stage.times, strict=True)))
+    assert max(seen.values()) - min(seen[record_id] for record_id in _ids(num_rows)) <= 1
+
+
+def test_balanced_when_a_stage_overdoes_its_rows_then_says_which() -> None:
+    scheduler = _scheduler("baby_step", stages=2, epochs_per_stage=[9, 1], exposure="balanced")
+    with pytest.raises(ConfigError, match=r"stage 0 sees.*36 draws, and its 4 rows.* 24 times.*5.5 times"):
+        scheduler(make_subsets(_ids(8), 2))
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_scheduler_when_it_keeps_what_it_has_then_every_stage_says_so(name: str) -> None:
+    scheduler = _scheduler(name, stages=3, restart_optimizer=False, restart_lr=True)
+    stages = scheduler(make_subsets(_ids(9), 3))
+    assert {(stage.restart_optimizer, stage.restart_lr) for stage in stages} == {(False, True)}
+
+
 def test_flat_when_default_then_is_one_plain_run() -> None:
     [stage] = _scheduler("none")([Subset(0, tuple(_ids(6)))])
     assert stage == Stage(0, tuple(_ids(6)), 20, 1.0, 1.0)
@@ -84,13 +178,13 @@ def test_flat_when_four_stages_with_ramps_then_differs_from_baby_step_in_the_row
         assert {stage.record_ids for stage in stages} == {tuple(_ids(10))}
 
 
-@pytest.mark.parametrize("name", ["baby_step", "none"])
+@pytest.mark.parametrize("name", MEMBERS)
 def test_epochs_when_a_list_then_each_stage_has_its_own(name: str) -> None:
     stages = _scheduler(name, stages=3, epochs_per_stage=[5, 1, 2])(make_subsets(_ids(3), 3))
     assert [stage.epochs for stage in stages] == [5, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["baby_step", "none"])
+@pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize(
     ("changes", "location", "complaint"),
     [
@@ -106,7 +200,23 @@ def test_epochs_when_a_list_then_each_stage_has_its_own(name: str) -> None:
         ({"kd_ratio": {"start": float("nan"), "end": 1}}, ("kd_ratio", "start"), "finite"),
         ({"kd_ratio": {"end": 1}}, ("kd_ratio", "start"), "required"),
         ({"kd_ratio": {"start": 0, "end": 1, "middle": 0.5}}, ("kd_ratio", "middle"), "[Uu]nexpected"),
-        ({"pacing": "root"}, ("pacing",), "[Uu]nexpected"),
+        ({"pace": "root"}, ("pace",), "[Uu]nexpected"),
+        (
+            {"stages": 2, "temperature": {"start": 1, "end": 1, "values": [1, 2, 3]}},
+            (),
+            r"\[1.0, 2.0, 3.0\] has 3 numbers",
+        ),
+        (
+            {"kd_ratio": {"start": 1, "end": 1, "values": [0.5, 2]}},
+            ("kd_ratio", "values", 1),
+            "less than or equal to 1",
+        ),
+        (
+            {"kd_ratio": {"start": 1, "end": 1, "shape": "square"}},
+            ("kd_ratio", "shape"),
+            "'linear', 'step' or 'cosine'",
+        ),
+        ({"exposure": "equal"}, ("exposure",), "'epochs' or 'balanced'"),
     ],
 )
 def test_configuration_when_wrong_then_is_refused_in_its_place(
@@ -125,5 +235,5 @@ def test_configuration_when_wrong_in_several_places_then_all_are_told() -> None:
 
 
 def test_describe_when_built_from_yaml_then_gives_the_yaml_back() -> None:
-    for name in ("baby_step", "none"):
+    for name in MEMBERS:
         assert describe(_scheduler(name)) == _values(name)

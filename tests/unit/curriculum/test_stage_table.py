@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps, stage_table, steps_per_epoch
 from pocl_cli.errors import ConfigError, DataError
 from pocl_cli.records import Stage
@@ -28,7 +31,7 @@ def _stages(name: str, num_rows: int) -> list[Stage]:
 def _table(
     stages: list[Stage], batch: int = 64, drop_last: bool = False, max_steps: int | None = None
 ) -> list[StageRow]:
-    return stage_table(stages, global_batch_size=batch, drop_last=drop_last, lr=1e-4, max_steps=max_steps)
+    return stage_table(stages, global_batch_size=batch, drop_last=drop_last, lr=1e-4, lr_end=1e-6, max_steps=max_steps)
 
 
 def _steps(rows: list[StageRow]) -> list[int]:
@@ -107,3 +110,23 @@ def test_table_when_dropping_leaves_no_batch_then_says_what_to_change() -> None:
 def test_table_when_a_stage_has_no_rows_then_is_the_datas_fault() -> None:
     with pytest.raises(DataError, match="stage 0"):
         _table([Stage(0, (), 1, 1.0, 1.0)])
+
+
+def test_learning_rate_when_a_stage_keeps_the_schedule_then_starts_where_it_stands() -> None:
+    kept = [replace(stage, restart_lr=False) for stage in _stages("baby_step", 16)]
+    rows = _table(kept, batch=4)
+    assert _steps(rows) == [8, 16, 24, 32]
+    expected = [1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * step / 80)) / 2 for step in (0, 8, 24, 48)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-12)
+    assert [row["lr"] for row in _table(_stages("baby_step", 16), batch=4)] == [1e-4] * 4
+    # A stop inside several stages does not shorten the schedule.
+    assert [row["lr"] for row in _table(kept, batch=4, max_steps=10)] == [row["lr"] for row in rows]
+
+
+def test_learning_rates_when_one_stage_restarts_then_the_others_share_theirs() -> None:
+    stages = _stages("baby_step", 16)
+    mixed = [replace(stage, restart_lr=stage.index == 2) for stage in stages]
+    rates = learning_rates(mixed, [8, 16, 24, 32], start=1e-4, end=0.0)
+    assert [(rate.num_steps, rate.before) for rate in rates] == [(24, 0), (24, 8), (56, 0), (56, 24)]
+    alone = learning_rates(stages, [8, 16, 24, 32], start=1e-4, end=0.0)
+    assert [(rate.num_steps, rate.before) for rate in alone] == [(8, 0), (16, 0), (24, 0), (32, 0)]

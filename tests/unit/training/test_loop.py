@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -87,6 +87,31 @@ def test_second_stage_when_it_starts_then_has_the_firsts_weights_and_nothing_els
     train(alone)
 
     assert same_weights(weights(alone.student), weights(whole.student))
+
+
+def whole_batches(epochs: Sequence[int], **kept: bool) -> list[Stage]:
+    """Stages on the same 12 rows at the same temperature: with batches of 12, their steps differ in nothing."""
+    ids = tuple(row.id for row in toy_rows(12))
+    return [Stage(index, ids, number, 1.0, 0.7, **kept) for index, number in enumerate(epochs)]
+
+
+def test_second_stage_when_it_keeps_optimizer_and_schedule_then_is_the_firsts_going_on(tmp_path):
+    kept = {"restart_optimizer": False, "restart_lr": False}
+    two = make_job(tmp_path / "two", stages=whole_batches([2, 3], **kept), global_batch_size=12)
+    one = make_job(tmp_path / "one", stages=whole_batches([5]), global_batch_size=12)
+    fresh = make_job(tmp_path / "fresh", stages=whole_batches([2, 3], restart_lr=False), global_batch_size=12)
+    for job in (two, one, fresh):
+        train(job)
+
+    assert steps_of(two) == steps_of(one)
+    assert same_weights(weights(two.student), weights(one.student))
+    # The schedule alone, with fresh moments, makes other steps from the second one of the stage on.
+    assert [step[2] for step in steps_of(fresh)] == [step[2] for step in steps_of(one)]
+    assert not same_weights(weights(fresh.student), weights(one.student))
+
+
+def steps_of(job: TrainingJob) -> list[tuple[float, float, float]]:
+    return [(line["loss"], line["grad_norm"], line["lr"]) for line in train_lines(job.folder)]
 
 
 def test_learning_rate_when_a_stage_starts_then_is_lr_again_and_falls_by_a_half_cosine(tmp_path):

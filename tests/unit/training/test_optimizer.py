@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pocl_cli.training.optimizer import cosine, make_optimizer
+from pocl_cli.curriculum.learning_rate import cosine
+from pocl_cli.training.optimizer import make_optimizer
 
 
 def make_network() -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pocl_cli.curriculum.stage_table import steps_per_epoch
@@ -80,6 +81,28 @@ def test_order_when_seed_stage_or_epoch_changes_then_changes(changed):
 
     assert order(**changed) != order()
     assert order() != list(make_sampler(50, 8).stage.record_ids)
+
+
+@given(times=st.lists(st.integers(0, 9), min_size=1, max_size=20), epochs=st.integers(1, 4), seed=seeds)
+def test_epochs_when_rows_have_their_own_number_of_times_then_are_even_and_add_up(times, epochs, seed):
+    times = [*times, epochs * (len(times) + 10) - sum(times), *[0] * 9]
+    assume(times[-10] >= 0)
+    ids = tuple(f"row-{i}" for i in range(len(times)))
+    stage = Stage(0, ids, epochs, 1.0, 1.0, times=tuple(times))
+    sampler = Sampler(stage, seed=seed, global_batch_size=7, drop_last=False)
+
+    orders = [Counter(epoch_order(sampler, epoch)) for epoch in range(epochs)]
+
+    assert {order.total() for order in orders} == {len(ids)}
+    assert sum(orders, Counter()) == Counter({i: n for i, n in zip(ids, times, strict=True) if n})
+    assert Counter(epoch_order(sampler, epochs)) == orders[0]
+
+
+def test_epochs_when_all_rows_have_the_same_number_of_times_then_each_is_once_in_each():
+    ids = tuple(f"row-{i}" for i in range(9))
+    sampler = Sampler(Stage(0, ids, 3, 1.0, 1.0, times=(3,) * 9), seed=1, global_batch_size=4, drop_last=False)
+
+    assert [sorted(epoch_order(sampler, epoch)) for epoch in range(3)] == [sorted(ids)] * 3
 
 
 def test_order_when_made_on_any_machine_then_is_this_one():

@@ -1,0 +1,269 @@
+"""Training inside a process: from a chain whose inputs exist to the student's files in the work folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from pocl_cli import tables
+from pocl_cli.artifacts import durable
+from pocl_cli.curriculum.audit import StageAudit, audit
+from pocl_cli.curriculum.stage_table import StageRow
+from pocl_cli.errors import ArtifactError
+from pocl_cli.evaluation.rouge import rouge_l
+from pocl_cli.log import get_logger, progress
+from pocl_cli.models.attention import recompute_layers
+from pocl_cli.models.card import model_card
+from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
+from pocl_cli.models.head import split_model
+from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
+from pocl_cli.models.vocabulary import align_vocabularies
+from pocl_cli.records import Stage, Subset
+from pocl_cli.schema import PoclConfig
+from pocl_cli.steps.answers import measure_and_answer
+from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.partition import read_partition
+from pocl_cli.steps.result import obtain
+from pocl_cli.steps.rows import TrainingRows, training_rows
+from pocl_cli.steps.stages import stages_of
+from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.steps.weights import loadable
+from pocl_cli.training import checkpoint
+from pocl_cli.training.loop import LoopSettings, TrainingJob, train
+from pocl_cli.training.parallel import Processes
+from pocl_cli.training.sampler import share
+from pocl_cli.training.stored_teacher import StoredTeacher
+from pocl_cli.training.student import StudentWithObjective
+
+
+class Trained(NamedTuple):
+    """Optimizer steps, response tokens that were trained on, the dev figures of the state that is kept, and the audit.
+
+    `audit` says what each stage consumed; empty in the processes that write nothing.
+    """
+
+    num_steps: int
+    num_tokens: int
+    figures: dict[str, float]
+    audit: list[StageAudit]
+
+
+def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
+    """Trains the student of a chain and leaves its files in `folder`; where several processes train, all call this.
+
+    Args:
+        chain: its student has no artifact yet, everything upstream has.
+        folder: the work folder, where an interrupted run has left its checkpoints.
+        processes: those that train together.
+
+    Returns:
+        The fields of `Trained`.
+
+    Raises:
+        PoclError: the run cannot begin, or fails.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint of the last whole step was written.
+    """
+    config = chain.config
+    hardware = set_up_hardware(config.hardware, rank=processes.local_rank)
+
+    # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
+    rows = training_rows(config, load_tokenizer(chain.student))
+    subsets = _subsets(chain, rows)
+    stages = config.curriculum(subsets)
+    table = stages_of(config.train, stages)
+    if processes.is_first:
+        durable.write_json(folder / "stages.json", table)
+        tables.stage_table(table)
+
+    # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
+    loaded = load_model(
+        loadable(chain, chain.student),
+        device=hardware.device,
+        dtype_override=torch.float32,
+        dropout=config.student.dropout,
+    )
+    student = _student(chain, loaded, rows, hardware)
+    if processes.is_first:
+        checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
+
+    # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    job = _job(config, student, loaded, rows, stages, table, folder, hardware, processes)
+    with ExitStack() as stack:
+        if processes.is_first:
+            slug = chain.student_key.slug
+            tracker = stack.enter_context(config.tracker.open(_tracker_folder(chain), slug, dict(chain.run.resolved)))
+            show = stack.enter_context(progress(slug, sum(row["steps"] for row in table)))
+            job = replace(job, track=tracker.log, show=show)
+        with memory_errors_explained(hardware, "training"):
+            state = train(job)
+    if isinstance(student.teacher, StoredTeacher):
+        get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
+
+    # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
+    figures, consumed = _kept_dev_figures(folder, job.settings.keep_best), []
+    if processes.is_first:
+        consumed = audit(
+            pq.read_table(folder / "consumed.parquet"),
+            stages,
+            table,
+            subsets,
+            global_batch_size=config.train.global_batch_size,
+            drop_last=config.train.drop_last,
+        )
+        _write_model(folder, chain, loaded, table, figures)
+    processes.barrier()
+    return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
+
+
+def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
+    if not chain.config.curriculum.needs_partition:
+        return [Subset(0, rows.train.ids)]
+    partition = obtain(chain.run, "partition", chain.partition_key, chain.store)
+    subsets = read_partition(chain.store, partition)
+    members = {record_id for subset in subsets for record_id in subset.record_ids}
+    if members != set(rows.train.ids):
+        raise ArtifactError(
+            f"the partition holds other rows than the data set ({len(members)} and {len(rows.train)})",
+            where=str(partition.path),
+            fix=f"delete it and run: {chain.run.command_for('partition')}",
+        )
+    return subsets
+
+
+def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Hardware) -> StudentWithObjective:
+    headed = split_model(loaded.model)
+    teacher, teacher_tokenizer = None, None
+    if chain.config.kd_method.needs_teacher and chain.teacher is not None:
+        teacher, teacher_tokenizer = teacher_of(chain, rows.train, hardware), load_tokenizer(chain.teacher)
+    alignment = align_vocabularies(
+        student_tokenizer=loaded.tokenizer,
+        student_width=headed.num_logits,
+        teacher_tokenizer=teacher_tokenizer,
+        teacher_width=teacher.num_logits if teacher else None,
+    )
+    if chain.config.student.gradient_checkpointing:
+        recompute_layers(loaded.model)
+    return StudentWithObjective(
+        headed,
+        method=chain.config.kd_method,
+        teacher=teacher,
+        num_real_tokens=alignment.num_real_tokens,
+        hardware=hardware,
+    )
+
+
+def _teacher_source(student: StudentWithObjective) -> str | None:
+    """What a checkpoint notes of the teacher: its two sources give other bytes, as they pad rows otherwise."""
+    if student.teacher is None:
+        return None
+    return "stored" if isinstance(student.teacher, StoredTeacher) else "online"
+
+
+def _job(
+    config: PoclConfig,
+    student: StudentWithObjective,
+    loaded: LoadedModel,
+    rows: TrainingRows,
+    stages: Sequence[Stage],
+    table: Sequence[StageRow],
+    folder: Path,
+    hardware: Hardware,
+    processes: Processes,
+) -> TrainingJob:
+    train_config = config.train
+    evaluates = rows.dev is not None and train_config.evaluate_every > 0
+    if train_config.checkpoint_policy == "best" and not evaluates:
+        get_logger().info("no dev evaluation: every stage hands on its last state (checkpoint_policy=last)")
+    settings = LoopSettings(
+        **train_config.model_dump(include={"seed", "lr", "lr_end", "weight_decay", "grad_clip", "global_batch_size"}),
+        **train_config.model_dump(include={"drop_last", "log_every", "checkpoint_every", "evaluate_every"}),
+        keep_best=evaluates and train_config.checkpoint_policy == "best",
+        max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
+    )
+
+    def evaluate_dev() -> dict[str, float]:
+        return _dev_figures(config, student, loaded, rows, hardware, processes)
+
+    return TrainingJob(
+        student=student,
+        stages=stages,
+        table=table,
+        rows=rows.train,
+        settings=settings,
+        folder=folder,
+        evaluate_dev=evaluate_dev if evaluates else None,
+        processes=processes,
+    )
+
+
+def _dev_figures(
+    config: PoclConfig,
+    student: StudentWithObjective,
+    loaded: LoadedModel,
+    rows: TrainingRows,
+    hardware: Hardware,
+    processes: Processes,
+) -> dict[str, float]:
+    """Cross entropy and, by generation, ROUGE-L on the dev rows, of which each process measures a share."""
+    assert rows.dev is not None, "no dev rows"
+    places = {record_id: place for place, record_id in enumerate(rows.dev.ids)}
+    own = share([rows.dev.row(record_id) for record_id in places], processes.rank, processes.size)
+    measured, (answers,) = measure_and_answer(
+        student.headed,
+        loaded,
+        own,
+        decoding=config.train.dev_decoding,
+        seeds=[config.train.seed],
+        purpose="dev",
+        hardware=hardware,
+    )
+    table = torch.zeros(len(places), 5, dtype=torch.float64)
+    for row, one in zip(measured, answers, strict=True):
+        score = rouge_l(one.text, rows.records[row.id].references)
+        nats = row.cross_entropy * row.num_response_tokens
+        table[places[row.id]] = torch.tensor([nats, row.num_response_tokens, score, one.num_tokens, one.ended])
+    nats, num_tokens, scores, lengths, ended = (math.fsum(column) for column in processes.sum(table).T.tolist())
+    return {
+        "dev_cross_entropy": nats / num_tokens,
+        "dev_rouge_l": 100 * scores / len(places),
+        "dev_response_tokens": lengths / len(places),
+        "dev_ended_with_eos": 100 * ended / len(places),
+    }
+
+
+def _kept_dev_figures(folder: Path, keep_best: bool) -> dict[str, float]:
+    """The dev figures of the state that is kept: the best of the last stage, or the last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dev = [line for line in lines if "dev_rouge_l" in line]
+    if not dev:
+        return {}
+    kept = dev[-1]
+    if keep_best:
+        of_stage = [line for line in dev if line["stage"] == kept["stage"] and line["step"] > 0] or [kept]
+        kept = max(of_stage, key=lambda line: (line["dev_rouge_l"], -line["dev_cross_entropy"]))
+    return {name: kept[name] for name in ("dev_rouge_l", "dev_cross_entropy")}
+
+
+def _write_model(
+    folder: Path, chain: Chain, loaded: LoadedModel, table: Sequence[StageRow], figures: Mapping[str, float]
+) -> None:
+    target = folder / "model"
+    durable.remove_tree(target)
+    disable_progress_bar()
+    loaded.model.save_pretrained(target)
+    loaded.tokenizer.save_pretrained(target)
+    durable.write_text(target / "README.md", model_card(chain.run.resolved, table, figures, chain.run.command))
+
+
+def _tracker_folder(chain: Chain) -> Path:
+    """Local files of a tracker: not a part of the artifact, and kept when the run is interrupted."""
+    return chain.store.outputs / "trackers" / chain.student_key.folder_name
