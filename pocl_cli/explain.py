@@ -26,6 +26,9 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, Va
 # Groups whose options are often mistaken for the path of a model or of a data set.
 _PATHS = {"teacher": "teacher.path={}", "student": "student.path={}", "dataset": "dataset=local dataset.path={}"}
 
+# What our examples of launchers rest on, and the extra of this package that brings it.
+_EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
+
 
 def diagnose(config_name: str, overrides: Sequence[str], *, sweeps: bool) -> tuple[list[PoclError], DictConfig | None]:
     """Inside an initialised Hydra: every override that does not compose, explained, and what the others compose to.
@@ -211,6 +214,9 @@ def _missing_file(error: MissingConfigException, where: str | None) -> ConfigErr
     found = re.search(r"Could not find '([^']+)'", str(error))
     path = found.group(1) if found else str(error.missing_cfg_file)
     # Our groups have options in sub-folders (experiment=paper/x), Hydra's have sub-groups (hydra/launcher=x).
+    if path in _EXTRAS:
+        fix = f"pip install 'pocl-cli[{_EXTRAS[path]}]'"
+        return ConfigError(f"no launcher {path.rpartition('/')[2]}", why="its package is not installed", fix=fix)
     group, _, option = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
     if group and (options := options_of(group)):
         return unknown_option(group, option, options)

@@ -28,6 +28,7 @@ from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.disk import reported
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.mistakes import MultiConfigError
+from pocl_cli.processes.gpus import take_gpus
 from pocl_cli.processes.outer import Outer, read_outer
 from pocl_cli.redaction import scrub
 from pocl_cli.run import Run
@@ -66,8 +67,8 @@ def run_step(step: str, words: Sequence[str]) -> None:
 
 def _run_step(step: str, words: Sequence[str], outer: Outer | None) -> None:
     arguments = read(step, words)
-    if outer is not None and arguments.multirun:
-        raise MultiConfigError([_no_sweep(step, outer)])
+    if outer is not None and (arguments.multirun or step == "compare"):
+        raise MultiConfigError([_no_jobs(f"{step} -m" if arguments.multirun else step, outer)])
     guard.refuse_overrides(arguments.overrides)
     guard.guard_compositions()
     folders = [*arguments.config_dirs, *config.user_config_folders()]
@@ -126,11 +127,11 @@ def _run_folders(arguments: Arguments, outer: Outer | None) -> Iterator[list[str
         yield [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
 
 
-def _no_sweep(step: str, outer: Outer) -> ConfigError:
+def _no_jobs(command: str, outer: Outer) -> ConfigError:
     return ConfigError(
-        f"pocl {step} -m inside {outer.launcher}",
-        why=f"a sweep starts jobs by itself, and here are {outer.size} processes that do one together",
-        fix=f"start each choice with its own {outer.launcher}, or sweep without it (hydra/launcher=slurm)",
+        f"pocl {command} inside {outer.launcher}",
+        why=f"it starts jobs by itself, and here are {outer.size} processes that do one together",
+        fix=f"start each run with its own {outer.launcher}, or use it without (hydra/launcher=slurm for a sweep)",
     )
 
 
@@ -175,7 +176,8 @@ def _job(step: str, arguments: Arguments, state: _State, outer: Outer | None) ->
         outcome: dict[str, Any] = {"overrides": overrides, "status": "interrupted", "errors": []}
         started = time.monotonic()
         try:
-            run = replace(config.from_hydra(step, cfg, overrides, options=options), waits=arguments.waits)
+            run = config.from_hydra(step, cfg, overrides, options=options)
+            run = replace(run, waits=arguments.waits or (sweeps and not _one_after_another(hydra_config)))
             outcome |= _work(run, hydra_config, outer)
         except PoclError as error:
             outcome |= {"status": "failed", "errors": [str(one) for one in getattr(error, "errors", [error])]}
@@ -188,12 +190,18 @@ def _job(step: str, arguments: Arguments, state: _State, outer: Outer | None) ->
             outcome["seconds"] = time.monotonic() - started
             if isinstance(bug := sys.exc_info()[1], Exception) and not outcome["errors"]:
                 outcome |= {"status": "failed", "errors": [f"internal bug {type(bug).__name__}: {bug}"]}
-            if sweeps and (folder := os.environ.get(_OUTCOMES)):
+            folder = Path(os.environ.get(_OUTCOMES, ""))
+            if sweeps and _OUTCOMES in os.environ and folder.is_dir():  # it is not on another machine
                 number = int(hydra_config.job.num)
-                durable.write_json(Path(folder) / f"{number:06d}.json", {"job": number, **outcome})
+                durable.write_json(folder / f"{number:06d}.json", {"job": number, **outcome})
 
     job.__name__ = job.__qualname__ = step
     return job
+
+
+def _one_after_another(hydra_config: HydraConf) -> bool:
+    """Whether the jobs of a sweep run in turn; jobs at once may need the same upstream artifact, and wait for it."""
+    return "basic_launcher" in str(hydra_config.launcher._target_)
 
 
 def _work(run: Run, hydra_config: HydraConf, outer: Outer | None) -> dict[str, Any]:
@@ -205,6 +213,8 @@ def _work(run: Run, hydra_config: HydraConf, outer: Outer | None) -> dict[str, A
     if hydra_config.mode is RunMode.MULTIRUN:
         _clean_sweep_file(Path(hydra_config.sweep.dir) / "multirun.yaml")
         logger.info("job %s: %s", hydra_config.job.num, " ".join(run.overrides))
+        if "joblib" in str(hydra_config.launcher._target_) and run.config.hardware.device in ("auto", "cuda"):
+            take_gpus(int(hydra_config.job.num), run.config.hardware.num_processes)
     with contextlib.ExitStack() as stack:
         if not run.config.plan.enabled:
             stack.enter_context(log.set_up_run_log(Path(hydra_config.runtime.output_dir) / "pocl.log"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+# Before the name of a column of scores that is the teacher's.
+TEACHER = "teacher_"
 
 _BEGINNING_CHARS = 200
 
@@ -58,7 +61,10 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRecord:
-    """One model on one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated."""
+    """One model on one row: `cross_entropy` in nats per response token, `rouge_l` F1 in 0..1 where it generated.
+
+    `cross_entropy_alone` is that of the response without its prompt, after the token that begins a text; the student's.
+    """
 
     id: str
     num_prompt_tokens: int
@@ -66,6 +72,12 @@ class ScoredRecord:
     cross_entropy: float
     generation: str | None = None
     rouge_l: float | None = None
+    cross_entropy_alone: float | None = None
+
+
+def reads_teacher(columns: Iterable[str]) -> bool:
+    """Whether the teacher's scores are among the columns that a difficulty reads."""
+    return any(name.startswith(TEACHER) for name in columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,14 @@ class Registry:
 
 def describe(member: Any) -> dict[str, Any]:
     """The member's name and fields as plain values: what enters an artifact's identity."""
-    return {"name": member.name, **dataclasses.asdict(member)}
+    return {"name": member.name, **{f.name: _plain(getattr(member, f.name)) for f in dataclasses.fields(member)}}
+
+
+def _plain(value: Any) -> Any:
+    """A field as plain values; a member within a member keeps its name, without which two could not be told apart."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return describe(value) if hasattr(value, "name") else dataclasses.asdict(value)
 
 
 kd_methods = Registry("kd_method", "pocl_cli.losses")

@@ -17,6 +17,12 @@ def _known_device(device: str) -> str:
     return device
 
 
+def _plain_name(name: str) -> str:
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError("a name has no slash, backslash or control character, and is neither '.' nor '..'")
+    return name
+
+
 Device = Annotated[str, AfterValidator(_known_device)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -105,7 +111,7 @@ class FieldsConfig(Section):
 
 
 class DatasetConfig(Section):
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1), AfterValidator(_plain_name)]
     path: str | None
     split: str | None
     data_files: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def results_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[ob
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
-        numeric = all(_is_number(cell) or cell is None for cell in cells)
+        numeric = all(_is_figure(cell) for cell in cells)
         words = [*column.split(), *(_shown(cell) for cell in cells if numeric)]
         # Folding loses nothing, an ellipsis would; a number or a word of a heading stays in one piece where it can.
         width = max((len(word) for word in words), default=1)
@@ -103,8 +104,11 @@ def _heading(key: str) -> str:
     return _HEADINGS.get(key, key.replace("_", " "))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_figure(value: object) -> bool:
+    """Whether a cell is a number, one with its spread or interval, or the lack of one."""
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"[+−<-]?\d[\d.,+−±/\[\] -]*|–", value))
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _shown(value: object) -> str:

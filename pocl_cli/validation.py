@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
+from pocl_cli.records import reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
@@ -131,6 +132,8 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield ConfigError("plan.num_rows without plan=true", why="only the plan reads it", fix="add plan=true")
     if config.plan.num_rows is not None and config.curriculum.needs_partition:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
+    if step in ("score", "partition") or (trains and config.curriculum.needs_partition):
+        yield from _teacher_is_measured(config)
     if config.partition.at is not None and (config.curriculum.needs_partition or step == "partition"):
         yield from _borders_fit(config, len(config.partition.at))
     if config.plan.num_rows is not None and config.curriculum.needs_partition and config.partition.by != "counts":
@@ -159,6 +162,15 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
 def _evaluates_the_student(config: PoclConfig) -> bool:
     """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
     return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
+
+
+def _teacher_is_measured(config: PoclConfig) -> Iterator[PoclError]:
+    if reads_teacher(config.difficulty.needs) and not (config.teacher.present and config.score.teacher):
+        yield ConfigError(
+            f"difficulty={config.difficulty.name} needs the teacher's scores",
+            why="score.teacher=false" if config.teacher.present else "teacher=none",
+            fix="set score.teacher=true and choose a teacher, or another difficulty",
+        )
 
 
 def _borders_fit(config: PoclConfig, num_borders: int) -> Iterator[PoclError]:

@@ -58,11 +58,7 @@ def check_free_disk(path: Path, needed_bytes: int, what: str, *, otherwise: str 
         what: what the room is for.
         otherwise: how a person can do without it.
     """
-    existing = path.absolute()
-    while not existing.exists() and existing.parent != existing:
-        existing = existing.parent
-    with reported(existing, "read the free space of"):
-        free = shutil.disk_usage(existing).free
+    free = free_bytes(path)
     if free < needed_bytes:
         raise ResourceError(
             f"not enough disk space for {what}",
@@ -70,6 +66,15 @@ def check_free_disk(path: Path, needed_bytes: int, what: str, *, otherwise: str 
             why=f"about {_size(needed_bytes)} are needed and {_size(free)} are free",
             fix=f"{_FIXES[errno.ENOSPC]}; or {otherwise}" if otherwise else _FIXES[errno.ENOSPC],
         )
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that holds `path`, or will hold it. Raises ResourceError."""
+    existing = path.absolute()
+    while not existing.exists() and existing.parent != existing:
+        existing = existing.parent
+    with reported(existing, "read the free space of"):
+        return shutil.disk_usage(existing).free
 
 
 def _size(num_bytes: float) -> str:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pocl_cli.curriculum.stage_table import StageRow
+    from pocl_cli.records import Stage
+    from pocl_cli.schema import TrainConfig
 
 # A difference of tokens by less than this share of the baseline's is named as a number only.
 TOLERANCE = 0.01
@@ -15,12 +21,16 @@ class Spent:
 
     Attributes:
         steps: optimizer steps of every stage that makes any.
-        lr: learning rate at the start of every stage, and at its end.
+        schedules: steps of every schedule of the learning rate: stages that do not restart it share one.
+        num_optimizers: how often the optimizer starts with fresh moments.
+        lr: learning rate at the start of every schedule, and at its end.
         global_batch_size: rows an optimizer step.
         response_tokens: trained on, over all steps; None where it is not known yet.
     """
 
     steps: tuple[int, ...]
+    schedules: tuple[int, ...]
+    num_optimizers: int
     lr: tuple[float, float]
     global_batch_size: int
     response_tokens: int | None = None
@@ -28,6 +38,24 @@ class Spent:
     @property
     def num_steps(self) -> int:
         return sum(self.steps)
+
+
+def spent_by(train: TrainConfig, stages: Sequence[Stage], table: Sequence[StageRow]) -> Spent:
+    """What a run spends by its stages and their table; the tokens are known when it has run."""
+    made = [(stage, row["steps"]) for stage, row in zip(stages, table, strict=True) if row["steps"]]
+    schedules: list[int] = []
+    for index, (stage, steps) in enumerate(made):
+        if index == 0 or stage.restart_lr:
+            schedules.append(steps)
+        else:
+            schedules[-1] += steps
+    return Spent(
+        steps=tuple(steps for _, steps in made),
+        schedules=tuple(schedules),
+        num_optimizers=1 + sum(stage.restart_optimizer for stage, _ in made[1:]),
+        lr=(train.lr, train.lr_end),
+        global_batch_size=train.global_batch_size,
+    )
 
 
 def mismatches(arm: Spent, baseline: Spent) -> list[str]:
@@ -45,25 +73,20 @@ def mismatches(arm: Spent, baseline: Spent) -> list[str]:
             found.append(f"{ours:,} response tokens instead of {theirs:,} ({_percent(ours, theirs)})")
     if arm.lr != baseline.lr:
         found.append(f"learning rate {_rates(arm)} instead of {_rates(baseline)}")
-    if len(arm.steps) != len(baseline.steps):
-        found.append(f"{_times(arm)} instead of {_times(baseline)}")
-    elif arm.num_steps == baseline.num_steps and arm.steps != baseline.steps:
-        found.append(f"stages of {_listed(arm.steps)} steps instead of {_listed(baseline.steps)}")
+    if len(arm.schedules) != len(baseline.schedules):
+        found.append(f"{_times(arm)} of the learning rate instead of {_times(baseline)}")
+    elif arm.num_steps == baseline.num_steps and arm.schedules != baseline.schedules:
+        found.append(f"cosines of {_listed(arm.schedules)} steps instead of {_listed(baseline.schedules)}")
+    if arm.num_optimizers != baseline.num_optimizers:
+        found.append(f"{arm.num_optimizers} fresh optimizers instead of {baseline.num_optimizers}")
     return found
 
 
 def mean_spent(runs: Sequence[Spent]) -> Spent:
     """What the runs of an arm spend, which differ in their tokens by the training seed: the mean of those."""
-    first = runs[0]
-    assert all((run.steps, run.lr) == (first.steps, first.lr) for run in runs), "an arm is one recipe"
+    assert len({replace(run, response_tokens=None) for run in runs}) == 1, "an arm is one recipe"
     tokens = [run.response_tokens for run in runs if run.response_tokens is not None]
-    mean = round(sum(tokens) / len(tokens)) if tokens else None
-    return Spent(first.steps, first.lr, first.global_batch_size, mean)
-
-
-def shape(spent: Spent) -> str:
-    """The learning rate of a run in a few words."""
-    return f"{_rates(spent)}, {_times(spent)}"
+    return replace(runs[0], response_tokens=round(sum(tokens) / len(tokens)) if tokens else None)
 
 
 def _rates(spent: Spent) -> str:
@@ -71,7 +94,7 @@ def _rates(spent: Spent) -> str:
 
 
 def _times(spent: Spent) -> str:
-    count = len(spent.steps)
+    count = len(spent.schedules)
     return "one cosine" if count == 1 else f"{count} cosines"
 
 

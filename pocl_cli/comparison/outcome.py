@@ -6,12 +6,11 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocl_cli.comparison.matching import Spent
 from pocl_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
 
     from pocl_cli.artifacts.manifest import Artifact
     from pocl_cli.comparison.arms import Cell
+    from pocl_cli.comparison.matching import Spent
     from pocl_cli.comparison.statistics import Floats
-    from pocl_cli.curriculum.stage_table import StageRow
-    from pocl_cli.schema import TrainConfig
 
 # The metrics that have a value for every answer, in the order of the tables.
 ANSWER_METRICS = ("rouge_l", "exact_match")
@@ -57,26 +55,21 @@ class Outcome:
     train_seconds: float
 
 
-def read_outcome(cell: Cell, train: TrainConfig, student: Artifact, evaluation: Artifact) -> Outcome:
-    """Reads the artifacts of a run; `train` is the section that it was trained with."""
+def read_outcome(cell: Cell, planned: Spent, student: Artifact, evaluation: Artifact) -> Outcome:
+    """Reads the artifacts of a run; `planned` is what its stages say that it spends."""
     lines = _lines(student.path / "metrics.jsonl")
     tokens = [line["num_tokens"] for line in lines if "num_tokens" in line]
     table = json.loads((student.path / "stages.json").read_text(encoding="utf-8"))
+    assert tuple(row["steps"] for row in table if row["steps"]) == planned.steps, f"{cell} ran by another plan"
     extra = student.manifest.extra
     return Outcome(
         cell=cell,
         answers=_answers(_lines(evaluation.path / "predictions.jsonl")),
         metrics=json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))["datasets"],
         dev={name: extra[name] for name in DEV_METRICS if name in extra},
-        spent=spent_of(train, table, tokens[-1] if tokens else None),
+        spent=replace(planned, response_tokens=tokens[-1] if tokens else None),
         train_seconds=_train_seconds(_lines(student.path / "timings.jsonl")),
     )
-
-
-def spent_of(train: TrainConfig, table: Sequence[StageRow], response_tokens: int | None = None) -> Spent:
-    """What a run spends by its stage table; the tokens are known when it has run."""
-    steps = tuple(row["steps"] for row in table if row["steps"])
-    return Spent(steps, (train.lr, train.lr_end), train.global_batch_size, response_tokens)
 
 
 def check_same_prompts(outcomes: Sequence[Outcome]) -> None:

@@ -48,8 +48,7 @@ class Difference(TypedDict):
 class Row(TypedDict):
     """One arm with one method on one data set. `differences` is empty for the baseline.
 
-    `groups` holds the ROUGE-L of each group of rows: the levels of categories named "family/level", or the categories;
-    first those that the baseline answers best.
+    `groups` holds the ROUGE-L of each group of rows: the levels of categories named "family/level", or the categories.
     """
 
     dataset: str
@@ -72,11 +71,8 @@ def compare(outcomes: Mapping[Cell, Outcome], comparison: ComparisonConfig) -> l
         for method in methods:
             runs = {arm: [outcomes[Cell(method, arm, seed)] for seed in comparison.seeds] for arm in comparison.chosen}
             baseline = runs[comparison.baseline]
-            means = _groups(dataset, baseline)
-            order = sorted(means, key=lambda name: -means[name]["mean"])
             for arm, of_arm in runs.items():
                 row = _row(dataset, of_arm)
-                row["groups"] = {name: row["groups"][name] for name in order}
                 if arm != comparison.baseline:
                     row["differences"] = {
                         metric: _difference(differences(of_arm, baseline, dataset, metric), comparison)

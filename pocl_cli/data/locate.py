@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocl_cli.data import hub
-from pocl_cli.data.rows import FORMATS, SourceRow, format_of, read_arrow_streams, read_rows
+from pocl_cli.data.rows import SourceRow, format_of, read_arrow_streams, read_rows, unknown_format
 from pocl_cli.errors import ConfigError, DataError, SecurityError, nearest
 from pocl_cli.schema import DatasetConfig
 
@@ -84,18 +84,13 @@ def _local(config: DatasetConfig, path: Path, hash_file: HashFile) -> Source:
     if not path.is_file():
         raise DataError(f"{shown} is neither a file nor a folder", where="dataset.path", fix="check dataset.path")
     if format_of(path.name) is None:
-        raise _unknown_format(shown)
+        raise unknown_format(shown)
     if config.split not in (None, "train"):
         # A preset's data_files may stay: overriding only its path must work. A split that is asked for is no default.
         raise ConfigError(
             f"no split {config.split!r} in {shown}", why="a file has only the split train", fix="set dataset.split=null"
         )
     return _files([(path, shown)], shown, hash_file)
-
-
-def _unknown_format(shown: str) -> DataError:
-    known = ", ".join(f".{name}" for name in FORMATS)
-    return DataError(f"{shown} is of no known format", why=f"known are {known}, each also .gz", fix="convert the file")
 
 
 def _files(files: list[tuple[Path, str]], shown: str, hash_file: HashFile) -> Source:

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from pocl_cli.errors import DataError, ResourceError
+from pocl_cli.errors import DataError, ResourceError, SecurityError
 
 FORMATS = ("jsonl", "json", "parquet", "csv", "tsv")
 _MEND_JSON = "mend or remove the line (a .jsonl file holds one row a line, a .json file that or one list of rows)"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+# Text packs to a twentieth of its size, the same letter again and again to a thousandth.
+_LARGEST_UNPACKED, _LARGEST_RATIO = 2**26, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,12 @@ def format_of(name: str) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
+def unknown_format(shown: str) -> DataError:
+    """The error for a file whose name says no format that is read."""
+    known = ", ".join(f".{name}" for name in FORMATS)
+    return DataError(f"{shown} is of no known format", why=f"known are {known}, each also .gz", fix="convert the file")
+
+
 def read_rows(path: Path, shown: str) -> Iterator[SourceRow]:
     """The rows of a file whose name ends in one of FORMATS, with or without ".gz".
 
@@ -45,12 +55,14 @@ def read_rows(path: Path, shown: str) -> Iterator[SourceRow]:
         shown: its name for people, which locations and errors use.
 
     Raises:
-        DataError: the file is missing, damaged, or holds something that is no row; names the line.
+        DataError: the file is missing, damaged, of no known format, or holds something that is no row; names the line.
         ResourceError: the file cannot be read.
+        SecurityError: a packed file unpacks to far more than text would.
     """
     readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}
     kind = format_of(path.name)
-    assert kind is not None, f"{path} is of no known format"
+    if kind is None:
+        raise unknown_format(shown)
     with _readable(shown):
         yield from readers[kind](path, shown)
 
@@ -107,8 +119,36 @@ def _arrow_readable(shown: str) -> Iterator[None]:
         raise DataError("damaged file", where=shown, why=str(error), fix="make or fetch it again") from error
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+def _open(path: Path) -> BinaryIO:
+    return io.BufferedReader(_Unpacking(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+class _Unpacking(io.RawIOBase):
+    """The content of a packed file, up to what text can come to: a small file may unpack to more than the memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._packed = path, gzip.GzipFile(path, "rb")
+        self._limit = max(_LARGEST_UNPACKED, _LARGEST_RATIO * path.stat().st_size)
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._packed.readinto(buffer)
+        self._num_bytes += count
+        if self._num_bytes > self._limit:
+            raise SecurityError(
+                "a packed file that is no text",
+                where=str(self._path),
+                why=f"it unpacks to more than {_LARGEST_RATIO} times its size",
+                fix="look what is in it, and unpack it yourself if you trust it",
+            )
+        return count
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def _json_lines(path: Path, shown: str) -> Iterator[SourceRow]:

@@ -25,10 +25,11 @@ _IDS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model's measurements say about the rows of a data set, N rows.
+    """What the student's measurements say about the rows of a data set, N rows, and the teacher's where they are asked.
 
     Args:
-        table: a row each: `id`, distinct strings, and any of the columns of `scores.parquet`.
+        table: a row each: `id`, distinct strings, and any of the columns of the student's `scores.parquet`; those of
+            the teacher's have `teacher_` before their names.
     """
 
     table: pa.Table

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pocl_cli.errors import printable
 from pocl_cli.redaction import scrub
 
 
@@ -20,6 +22,7 @@ def model_card(
         f"| {row['stage']} | {row['num_rows']} | {row['steps']} | {row['temperature']:.4g} | {row['kd_ratio']:.4g} |"
         for row in stages
     )
+    names = [_shown(config[section]["name"]) for section in ("student", "kd_method", "dataset", "curriculum")]
     numbers = "\n".join(f"* {name.replace('_', ' ')}: {value:.4f}" for name, value in figures.items())
     teacher = config["teacher"]["path"] or config["teacher"]["experiment"] or "none"
     return scrub(f"""\
@@ -28,11 +31,11 @@ library_name: transformers
 tags: [knowledge-distillation, curriculum-learning, pocl]
 ---
 
-# {config["student"]["name"]} trained with {config["kd_method"]["name"]} on {config["dataset"]["name"]}
+# {names[0]} trained with {names[1]} on {names[2]}
 
-Teacher: {teacher}. Curriculum: {config["curriculum"]["name"]} (POCL, arXiv 2506.05695).
+Teacher: {_shown(teacher)}. Curriculum: {names[3]} (POCL, arXiv 2506.05695).
 
-    {shlex.join(command)}
+    {printable(shlex.join(command))}
 
 | stage | rows | steps | temperature | kd_ratio |
 |---|---|---|---|---|
@@ -40,3 +43,8 @@ Teacher: {teacher}. Curriculum: {config["curriculum"]["name"]} (POCL, arXiv 2506
 
 {numbers}
 """)
+
+
+def _shown(text: str) -> str:
+    """A user's words on one line, where Markdown and HTML leave them alone."""
+    return html.escape(printable(text), quote=False)

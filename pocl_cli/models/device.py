@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -82,6 +84,43 @@ def set_up_hardware(config: HardwareConfig, *, rank: int = 0) -> Hardware:
         get_logger().warning("bfloat16 on this CPU is very slow; hardware.precision=float32 is the better choice")
     default = _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS_ELSEWHERE
     return Hardware(device, config.precision, config.max_tokens_per_micro_batch or default, config.objective_memory_mb)
+
+
+class Memory(NamedTuple):
+    """Bytes that a device has, and those that nobody uses now."""
+
+    total: int
+    free: int
+
+
+def memory_of(device: torch.device, *, alone: bool = True) -> Memory:
+    """The memory of a device; of the CPU what this process may take of the machine's.
+
+    Args:
+        device: the device.
+        alone: this process is the one that will use it. Else it takes no place on a GPU to ask what is free there.
+    """
+    if device.type == "cuda" and alone:
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, free)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(total, total)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _number(Path("/sys/fs/cgroup/memory.max"), r"^(\d+)$") or total  # of a container
+    available = _number(Path("/proc/meminfo"), r"^MemAvailable: *(\d+) kB$")
+    used = _number(Path("/sys/fs/cgroup/memory.current"), r"^(\d+)$") if limit < total else None
+    free = min(available * 1024 if available is not None else total, limit - (used or 0))
+    return Memory(min(total, limit), max(free, 0))
+
+
+def _number(path: Path, pattern: str) -> int | None:
+    """The number in a file of the system; None where this system has none."""
+    try:
+        found = re.search(pattern, path.read_text(), flags=re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def _keep_freed_memory() -> None:

@@ -137,6 +137,18 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     return config if source.layers is None else pruned_config(config, source.layers)
 
 
+def read_skeleton(source: ModelSource) -> PreTrainedModel:
+    """The loaded model's parts without memory for their weights (on the device `meta`). Raises as `load_model`."""
+    config = read_config(source)
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        if source.weights is None:
+            return build_model(config, source.init_seed)
+        with _explained(source.weights, folder.CONFIG):
+            model: PreTrainedModel = auto.from_config(config)
+    return model
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """The number of positions of a model; None where nothing bounds them (ALiBi, recurrent models)."""
     text = config.get_text_config(decoder=True)

@@ -52,6 +52,17 @@ def compare_tokenizers(teacher_tokenizer: PreTrainedTokenizerBase, student_token
     return max(student.values()) + 1
 
 
+def check_width(role: str, width: int, count: int) -> None:
+    """Raises ConfigError where a model's output layer has fewer rows (`width`) than there are tokens (`count`)."""
+    if width < count:
+        raise ConfigError(
+            f"the {role}'s tokenizer does not fit its model",
+            where=f"{role}.path",
+            why=f"the tokenizer has ids up to {count - 1}, the output layer {width} rows",
+            fix="give the model the tokenizer it was trained with, or resize its embeddings",
+        )
+
+
 def align_vocabularies(
     *,
     student_tokenizer: PreTrainedTokenizerBase,
@@ -76,13 +87,8 @@ def align_vocabularies(
     else:
         count = compare_tokenizers(teacher_tokenizer, student_tokenizer)
     for role, width in (("student", student_width), ("teacher", teacher_width)):
-        if width is not None and width < count:
-            raise ConfigError(
-                f"the {role}'s tokenizer does not fit its model",
-                where=f"{role}.path",
-                why=f"the tokenizer has ids up to {count - 1}, the output layer {width} rows",
-                fix="give the model the tokenizer it was trained with, or resize its embeddings",
-            )
+        if width is not None:
+            check_width(role, width, count)
     if teacher_width is not None and teacher_width != student_width:
         get_logger().info(
             "vocabulary: %d shared tokens; padding rows left out: %d of the student's %d, %d of the teacher's %d",

@@ -53,7 +53,7 @@ def num_jobs(config: PoclConfig) -> int:
     if hardware.device != "cpu" or hardware.num_threads is None:
         return 1
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(_MOST_JOBS, cores // hardware.num_threads))
+    return max(1, min(_MOST_JOBS, cores // (hardware.num_threads * hardware.num_processes)))
 
 
 def make(runs: Sequence[ArmRun], jobs: int) -> None:

@@ -17,6 +17,7 @@ from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
+from pocl_cli.records import reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
@@ -25,7 +26,7 @@ from pocl_cli.steps.result import obtain
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
 VERSIONS = {
-    "scores": 2,
+    "scores": 3,
     "partitions": 2,
     "teacher_signals": 1,
     "students": 2,
@@ -161,6 +162,8 @@ class Chain:
         }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
+            if reads_teacher(difficulty.needs):
+                identity["teacher_scores"] = self.score_key("teacher").id
         else:
             identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
         slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"

@@ -11,20 +11,20 @@ import pyarrow as pa
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
+from pocl_cli.artifacts.hashing import short_id
 from pocl_cli.artifacts.manifest import Artifact, ArtifactKey
 from pocl_cli.comparison import arms, report, results
 from pocl_cli.comparison.arms import ArmRun, Cell
-from pocl_cli.comparison.matching import mismatches
-from pocl_cli.comparison.outcome import ANSWER_METRICS, Outcome, check_same_prompts, read_outcome, spent_of
+from pocl_cli.comparison.matching import Spent, mismatches, spent_by
+from pocl_cli.comparison.outcome import ANSWER_METRICS, Outcome, check_same_prompts, read_outcome
 from pocl_cli.errors import ArtifactError, ConfigError
 from pocl_cli.log import get_logger
 from pocl_cli.steps import arm_runs
 from pocl_cli.steps.chain import VERSIONS, Chain
 from pocl_cli.steps.result import StepResult, obtain
-from pocl_cli.steps.stages import num_partitioned_rows, planned_table, training_records
+from pocl_cli.steps.stages import num_partitioned_rows, planned_stages, planned_table, stages_of, training_records
 
 if TYPE_CHECKING:
-    from pocl_cli.curriculum.stage_table import StageRow
     from pocl_cli.run import Run
     from pocl_cli.schema import ComparisonConfig
 
@@ -50,7 +50,8 @@ def run(run: Run) -> StepResult | None:
         return _reported(StepResult(found, made=False), comparison)
 
     # ── run what is missing ───────────────────────────────────────────────────────────────────────────────────────────
-    _warn_of_mismatches(chains, comparison)
+    spent = _planned(chains)
+    _warn_of_mismatches(spent, comparison)
     missing = [runs[cell] for cell, chain in chains.items() if _evaluation(chain) is None]
     if missing:
         # What several runs share is made once, before they start side by side.
@@ -61,7 +62,7 @@ def run(run: Run) -> StepResult | None:
 
     # ── compare ───────────────────────────────────────────────────────────────────────────────────────────────────────
     artifacts = {cell: _made(chain) for cell, chain in chains.items()}
-    outcomes = {cell: read_outcome(cell, runs[cell].run.config.train, *of_cell) for cell, of_cell in artifacts.items()}
+    outcomes = {cell: read_outcome(cell, spent[cell], *of_cell) for cell, of_cell in artifacts.items()}
     check_same_prompts(list(outcomes.values()))
     with store.open_work(key) as work:
         if work.finished is not None:
@@ -94,7 +95,7 @@ def _with_matched_steps(run: Run, expanded: Sequence[ArmRun]) -> list[ArmRun]:
         return list(expanded)
     cell = expanded[0].cell._replace(arm=comparison.steps_of)
     pattern = next((one for one in expanded if one.cell == cell), None) or arms.compose_arm(run, cell)
-    num_steps = sum(row["steps"] for row in _planned(Chain(pattern.run)))
+    num_steps = _num_steps(Chain(pattern.run))
     return [
         replace(one, run=arms.with_train(one.run, max_steps=num_steps))
         if one.run.config.curriculum.stages == 1
@@ -103,8 +104,8 @@ def _with_matched_steps(run: Run, expanded: Sequence[ArmRun]) -> list[ArmRun]:
     ]
 
 
-def _planned(chain: Chain) -> list[StageRow]:
-    return planned_table(chain, _num_rows(chain))
+def _num_steps(chain: Chain) -> int:
+    return sum(row["steps"] for row in planned_table(chain, _num_rows(chain)))
 
 
 def _num_rows(chain: Chain) -> int:
@@ -135,15 +136,26 @@ def _refuse_other_protocols(chains: Mapping[Cell, Chain], comparison: Comparison
         )
 
 
-def _warn_of_mismatches(chains: Mapping[Cell, Chain], comparison: ComparisonConfig) -> None:
-    """Says before the hours of training where arms do not match in steps and learning rate."""
-    method, seed = next(iter(chains)).method, comparison.seeds[0]
+def _planned(chains: Mapping[Cell, Chain]) -> dict[Cell, Spent]:
+    """What the runs will spend. Runs on the same rows share their number, which a partition tells most quickly."""
+    num_rows: dict[str, int] = {}
     spent = {}
+    for cell in sorted(chains, key=lambda cell: not chains[cell].config.curriculum.needs_partition):
+        chain = chains[cell]
+        rows = short_id({"dataset": chain.dataset, "tokenizer": chain.student.tokenizer_identity})
+        if rows not in num_rows:
+            num_rows[rows] = _num_rows(chain)
+        stages = planned_stages(chain, num_rows[rows])
+        spent[cell] = spent_by(chain.config.train, stages, stages_of(chain.config.train, stages))
+    return spent
+
+
+def _warn_of_mismatches(spent: Mapping[Cell, Spent], comparison: ComparisonConfig) -> None:
+    """Says before the hours of training where arms do not match in steps and learning rate."""
+    method, seed = next(iter(spent)).method, comparison.seeds[0]
+    baseline = spent[Cell(method, comparison.baseline, seed)]
     for arm in comparison.chosen:
-        chain = chains[Cell(method, arm, seed)]
-        spent[arm] = spent_of(chain.config.train, _planned(chain))
-    for arm, one in spent.items():
-        found = mismatches(one, spent[comparison.baseline])
+        found = mismatches(spent[Cell(method, arm, seed)], baseline)
         if found:
             get_logger().warning("%s does not match %s: %s", arm, comparison.baseline, "; ".join(found))
 
@@ -251,8 +263,7 @@ def _show_plan(run: Run, expanded: Sequence[ArmRun]) -> None:
     cells = []
     for one in _with_matched_steps(run, expanded):
         chain = Chain(one.run)
-        steps = sum(row["steps"] for row in _planned(chain))
-        cells.append([one.cell.method, one.cell.arm, one.cell.seed, steps, *_state(chain)])
+        cells.append([one.cell.method, one.cell.arm, one.cell.seed, _num_steps(chain), *_state(chain)])
     tables.results_table("Plan", ["method", "arm", "seed", "steps", "state", "student"], cells)
 
 

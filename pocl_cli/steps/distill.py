@@ -7,11 +7,9 @@ import time
 from pocl_cli import tables
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.log import get_logger
-from pocl_cli.models.load import check_context, load_tokenizer, read_config
-from pocl_cli.models.vocabulary import compare_tokenizers
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.run import Run
-from pocl_cli.steps import plan
+from pocl_cli.steps import checks, plan
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult, obtain
@@ -34,7 +32,7 @@ def run(run: Run) -> StepResult | None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
         _name_interrupted_neighbours(chain)
         started = time.perf_counter()
-        _check_models(chain)
+        checks.refuse_early(checks.of_training(chain))
         trained = Trained(**do_part("train", chain, work))
         artifact = work.commit(
             config=run.resolved,
@@ -66,16 +64,6 @@ def _inputs(chain: Chain) -> dict[str, str]:
         if source is not None and "student" in source.identity:
             inputs[part] = str(source.identity["student"])
     return inputs
-
-
-def _check_models(chain: Chain) -> None:
-    """What can be known before the weights are read: tokenizers that differ, a context that is too short."""
-    needed = chain.config.dataset.max_tokens
-    check_context(read_config(chain.student), needed)
-    if chain.config.kd_method.needs_teacher:
-        assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
-        check_context(read_config(chain.teacher), needed)
-        compare_tokenizers(load_tokenizer(chain.teacher), load_tokenizer(chain.student))
 
 
 def _name_interrupted_neighbours(chain: Chain) -> None:

@@ -14,11 +14,13 @@ from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, s
 from pocl_cli.log import progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import LoadedModel, check_context, load_model, read_config
+from pocl_cli.models.load import LoadedModel, load_model
+from pocl_cli.paths import confined
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import Record, ScoredRecord, TokenisedRow
 from pocl_cli.run import Run
 from pocl_cli.schema import EvaluationConfig
+from pocl_cli.steps import checks
 from pocl_cli.steps.answers import Answer, measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import do_part
@@ -51,9 +53,7 @@ def run(run: Run) -> StepResult:
     with chain.store.open_work(chain.evaluation_key) as work:
         if work.finished is not None:
             return report(StepResult(work.finished, made=False))
-        decoding = run.config.evaluation.decoding
-        for one in run.config.evaluation.datasets:
-            check_context(read_config(source), max(one.max_tokens, one.max_prompt_tokens + decoding.max_new_tokens))
+        checks.refuse_early(checks.of_evaluation(chain, source))
         do_part("answer", chain, work)
         inputs = {"student": str(source.identity["student"])} if "student" in source.identity else {}
         artifact = commit_evaluation(run, work, inputs, exclude=[SHARDS, FOLDER, LOCK])
@@ -110,7 +110,7 @@ def _test_sets(chain: Chain, loaded: LoadedModel, folder: Path) -> list[_TestSet
         tell_losses(dataset.name, tokenised, (*source.dropped, *tokenised.dropped))
         rows = [tokenised.row(record_id) for record_id in tokenised.ids]
         by_id = {record.id: record for record in source.records}
-        files = ShardFiles(folder / dataset.name, "json", first=sum(len(one.shards) for one in found))
+        files = ShardFiles(confined(folder, dataset.name), "json", first=sum(len(one.shards) for one in found))
         found.append(_TestSet(dataset.name, rows, [by_id[row.id] for row in rows], _shards(rows), files))
     return found
 

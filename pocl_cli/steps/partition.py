@@ -5,7 +5,7 @@ Rows are columns of arrays here, never objects: there may be ten million of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from pocl_cli.curriculum.partition import (
 )
 from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
 from pocl_cli.difficulty.scores import FloatArray, IntArray, Scores
+from pocl_cli.errors import ArtifactError
 from pocl_cli.log import get_logger
-from pocl_cli.records import Subset
+from pocl_cli.records import TEACHER, Subset, reads_teacher
 from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.chain import Chain
@@ -48,13 +49,11 @@ def run(run: Run) -> StepResult:
     if found is not None:
         return StepResult(found, made=False)
     difficulty = run.config.difficulty
-    scored = obtain(run, "score", chain.score_key("student"), chain.store) if difficulty.needs else None
+    scored = _scored(chain)
     with chain.store.open_work(key) as work:
         if work.finished is not None:
             return StepResult(work.finished, made=False)
-        scores, instructions = (
-            _read_scores(chain.store, scored, difficulty.needs) if scored is not None else _unmeasured(chain)
-        )
+        scores, instructions = _read_scores(chain.store, scored, difficulty.needs) if scored else _unmeasured(chain)
 
         # ── measure, order, cut ───────────────────────────────────────────────────────────────────────────────────
         values = difficulty(scores)
@@ -83,7 +82,7 @@ def run(run: Run) -> StepResult:
         )
         artifact = work.commit(
             config=run.resolved,
-            inputs={"scores": scored.id} if scored is not None else {},
+            inputs={name: artifact.id for name, artifact in scored.items()},
             command=run.command,
             seed=getattr(difficulty, "seed", None),
         )
@@ -113,13 +112,37 @@ def _cut(config: PoclConfig, ordered: FloatArray) -> tuple[range, ...]:
     return cut_at_thresholds(ordered, at)
 
 
-def _read_scores(store: Store, artifact: Artifact, needs: Iterable[str]) -> tuple[Scores, Instructions]:
-    """What a scores artifact says of the rows, after its files have been hashed again; its texts stay on the disk."""
-    store.verify(artifact)
-    path = artifact.path / "scores.parquet"
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns=["id", *{*SUMMARISED, *needs}])
+def _scored(chain: Chain) -> dict[str, Artifact]:
+    """The scores that the difficulty reads, by the part that they play."""
+    needs = chain.config.difficulty.needs
+    models = {"scores": "student"} if needs else {}
+    if reads_teacher(needs):
+        models["teacher_scores"] = "teacher"
+    return {name: obtain(chain.run, "score", chain.score_key(who), chain.store) for name, who in models.items()}
+
+
+def _read_scores(store: Store, scored: Mapping[str, Artifact], needs: Iterable[str]) -> tuple[Scores, Instructions]:
+    """What scores say of the rows, after their files have been hashed again; their texts stay on the disk."""
+    path = scored["scores"].path / "scores.parquet"
+    teachers = {name for name in needs if name.startswith(TEACHER)}
+    table = _columns(store, scored["scores"], {*SUMMARISED, *needs} - teachers)
+    if teachers:
+        theirs = _columns(store, scored["teacher_scores"], {name.removeprefix(TEACHER) for name in teachers})
+        if theirs["id"] != table["id"]:
+            raise ArtifactError(
+                "the teacher's scores are of other rows than the student's",
+                where=str(scored["teacher_scores"].path),
+                fix="delete both, and measure the rows again with `pocl score`",
+            )
+        for name in sorted(teachers):
+            table = table.append_column(name, theirs[name.removeprefix(TEACHER)])
     return Scores(table), partial(_read_instructions, path)
+
+
+def _columns(store: Store, artifact: Artifact, names: Iterable[str]) -> pa.Table:
+    store.verify(artifact)
+    with pq.ParquetFile(artifact.path / "scores.parquet") as file:
+        return file.read(columns=["id", *names])
 
 
 def _read_instructions(path: Path, positions: IntArray) -> list[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocl_cli import tables
 from pocl_cli.data.template import encode
-from pocl_cli.errors import ArtifactError, ResourceError
+from pocl_cli.errors import PoclError
 from pocl_cli.records import TokenisedRow
+from pocl_cli.steps import checks
+from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
-from pocl_cli.training.checkpoint import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,18 +25,6 @@ if TYPE_CHECKING:
     from pocl_cli.steps.chain import Chain
 
 SAMPLE_ROWS = 200
-# Bytes per parameter of a student in training: weights, gradients and AdamW's two moments in float32.
-TRAINING_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model, those of its embeddings apart, and what its activations take a token in bytes."""
-
-    parameters: int
-    embedding: int
-    activation_bytes: int
-    weight_bytes: int
 
 
 class _Tokens(NamedTuple):
@@ -46,7 +35,7 @@ class _Tokens(NamedTuple):
 
 
 def show(chain: Chain) -> None:
-    """Prints the resolved stage table and estimates of tokens, memory, disk and time, as far as they can be known."""
+    """Prints the resolved stage table, what would stop the run, and estimates, as far as they can be known."""
     config = chain.config
     chain = replace(chain, run=replace(chain.run, config=config.model_copy(update={"upstream": "require"})))
     records = None if config.plan.num_rows is not None else training_records(config)
@@ -54,6 +43,9 @@ def show(chain: Chain) -> None:
     assert num_rows is not None, "the rows are given or loaded"
     table = planned_table(chain, num_rows)
     tables.stage_table(table)
+    if records is not None:
+        rows = checks.verdicts(checks.of_plan(chain))
+        tables.results_table("Checks, before any weights are read", ["check", "verdict", "finding"], rows)
     tables.summary_panel("plan", _estimates(chain, table, records))
 
 
@@ -73,16 +65,15 @@ def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record
         student = chain.student
         teacher = chain.teacher if config.kd_method.needs_teacher else None
         rows = _sample(config, student, records)
-        sizes = {"student": _sizes(student)} | ({"teacher": _sizes(teacher)} if teacher else {})
-    except (ArtifactError, ResourceError) as error:
-        estimates["tokens, memory, disk, time"] = f"not known: {error}"
-        return estimates
-    mean = statistics.fmean(row.num_tokens for row in rows)
-    response = statistics.fmean(len(row.response_ids) for row in rows)
-    estimates["tokens (prompt + response)"] = round(sequences * mean)
-    estimates["response tokens"] = round(sequences * response)
-    once = _Tokens(len(records) * mean, len(records) * response) if chain.stores_teacher else None
-    return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
+        sizes = {"student": sizes_of(student)} | ({"teacher": sizes_of(teacher)} if teacher else {})
+        mean = statistics.fmean(row.num_tokens for row in rows)
+        response = statistics.fmean(len(row.response_ids) for row in rows)
+        estimates["tokens (prompt + response)"] = round(sequences * mean)
+        estimates["response tokens"] = round(sequences * response)
+        once = _Tokens(len(records) * mean, len(records) * response) if chain.stores_teacher else None
+        return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
+    except PoclError as error:
+        return estimates | {"tokens, memory, disk, time": f"not known: {error}"}
 
 
 def _sample(config: PoclConfig, student: ModelSource, records: Sequence[Record]) -> list[TokenisedRow]:
@@ -98,24 +89,6 @@ def _sample(config: PoclConfig, student: ModelSource, records: Sequence[Record])
     return [row for row in rows if isinstance(row, TokenisedRow)]
 
 
-def _sizes(source: ModelSource) -> Sizes:
-    """Counts the parameters of a model without its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from pocl_cli.models.load import read_config
-
-    config = read_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    embedding = model.get_input_embeddings().weight.numel()
-    text = config.get_text_config()
-    # Kept for the backward pass of a decoder layer: about 16 vectors of the hidden size a token, in float32.
-    activations = 16 * 4 * text.hidden_size * text.num_hidden_layers
-    bits16 = str(config.dtype or "float32").endswith("16")
-    return Sizes(sum(p.numel() for p in model.parameters()), embedding, activations, 2 if bits16 else 4)
-
-
 def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Tokens | None) -> dict[str, Any]:
     """Memory, disk and time of a run over `trained` tokens; `once`: the rows' own, where the teacher is stored."""
     from pocl_cli.models.device import set_up_hardware
@@ -123,45 +96,33 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
 
     hardware = set_up_hardware(chain.config.hardware)
     student, teacher = sizes["student"], sizes.get("teacher")
-    memory = student.parameters * TRAINING_BYTES + student.activation_bytes * hardware.max_tokens_per_micro_batch
-    memory += hardware.objective_memory_mb * 2**20
+    memory = training_memory(student, teacher if not once else None, hardware).estimate
     # The backward pass costs twice the forward.
-    work = 3 * _multiply_adds(student, trained)
-    # While a checkpoint is saved: one more than are kept, each with two moments, a best state for each, and the model.
-    disk: float = student.parameters * 4 * (4 * (KEPT + 1) + 1)
+    work = 3 * multiply_adds(student, trained)
+    disk: float = training_disk(student).estimate
     kept: float = student.parameters * 4
     details = {}
     if teacher and not once:
-        memory += teacher.parameters * teacher.weight_bytes
-        work += _multiply_adds(teacher, trained)
+        work += multiply_adds(teacher, trained)
     if teacher and once:
         assert chain.teacher is not None, "sizes hold a teacher"
         stored_size = stored_sizes(chain.teacher)
         stored = stored_size.head + once.response * stored_size.token
         memory += stored_size.head
         disk, kept = disk + stored, kept + stored
-        work += _multiply_adds(teacher, once) + teacher.embedding * trained.response
-        filling = memory + teacher.parameters * teacher.weight_bytes
+        work += multiply_adds(teacher, once) + teacher.embedding * trained.response
+        filling = memory + teacher.weights
         details["teacher's hidden states (estimate)"] = (
-            f"{_gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
-            f"and memory rises to {_gib(filling)}"
+            f"{gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
+            f"and memory rises to {gib(filling)}"
         )
     return {
-        "memory (estimate)": f"{_gib(memory)} on {hardware.device}",
-        "disk (estimate)": f"{_gib(disk)} while it runs, {_gib(kept)} kept",
+        "memory (estimate)": f"{gib(memory)} on {hardware.device}",
+        "disk (estimate)": f"{gib(disk)} while it runs, {gib(kept)} kept",
         **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),
         "not counted": "dev evaluations, scoring",
     }
-
-
-def _multiply_adds(model: Sizes, tokens: _Tokens) -> float:
-    """Of a forward pass: the backbone for every token, the output layer for response tokens."""
-    return (model.parameters - model.embedding) * tokens.total + model.embedding * tokens.response
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _multiply_adds_per_second(device: Any) -> float:

@@ -17,12 +17,13 @@ from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
-from pocl_cli.models.load import check_context, load_model, load_tokenizer, read_config
-from pocl_cli.models.vocabulary import compare_tokenizers, num_real_tokens
+from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
+from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig
+from pocl_cli.steps import checks
 from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import do_part
@@ -31,6 +32,7 @@ from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.shard_files import SHARDS, ShardFiles
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
+from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.shards import in_shards
@@ -46,6 +48,7 @@ MEASURED = pa.schema(
         ("cross_entropy", pa.float64()),
         ("generation", pa.string()),
         ("rouge_l", pa.float64()),
+        ("cross_entropy_alone", pa.float64()),
     ]
 )
 # `instruction` is its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
@@ -68,7 +71,7 @@ def _measure(chain: Chain, who: str) -> StepResult:
     with chain.store.open_work(key) as work:
         if work.finished is not None:
             return StepResult(work.finished, made=False, figures=dict(work.finished.manifest.extra))
-        _check_models(chain, who)
+        checks.refuse_early(checks.of_measuring(chain, who))
         measured = do_part(f"score_{who}", chain, work)
         artifact = work.commit(
             config=chain.run.resolved,
@@ -81,17 +84,6 @@ def _measure(chain: Chain, who: str) -> StepResult:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in measured["figures"].items())
     get_logger().info("the %s on %d rows: %s", who, measured["num_rows"], figures)
     return StepResult(artifact, made=True, figures=measured["figures"])
-
-
-def _check_models(chain: Chain, who: str) -> None:
-    """What can be known before the weights are read: tokenizers that differ, a context that is too short."""
-    source = chain.student if who == "student" else chain.teacher
-    assert source is not None, "a chain without a teacher has no teacher to measure"
-    if who == "teacher":
-        compare_tokenizers(load_tokenizer(source), load_tokenizer(chain.student))
-    new_tokens = chain.config.score.max_new_tokens if who == "student" else 0
-    needed = max(chain.config.dataset.max_tokens, chain.config.dataset.max_prompt_tokens + new_tokens)
-    check_context(read_config(source), needed)
 
 
 # ── inside each process ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,7 +157,7 @@ def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
 
 
 def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
-    """Cross entropy, an answer, and the answer's ROUGE-L."""
+    """Cross entropy with the prompt and without it, an answer, and the answer's ROUGE-L."""
     config = chain.config
     decoding = DecodingConfig(
         sampling_temperature=config.score.sampling_temperature,
@@ -181,13 +173,30 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
         measured, (answers,) = measure_and_answer(
             headed, loaded, shard, decoding=decoding, seeds=[config.score.seed], purpose="score", hardware=hardware
         )
-        _refuse_non_finite(measured, "student")
+        alone = measure_cross_entropy(
+            headed,
+            [replace(row, prompt_ids=(_first_token(loaded),)) for row in shard],
+            num_real_tokens=num_real_tokens(loaded.tokenizer),
+            hardware=hardware,
+        )
+        _refuse_non_finite([*measured, *alone], "student")
         return [
-            replace(row, generation=one.text, rouge_l=rouge_l(one.text, rows.records[row.id].references))
-            for row, one in zip(measured, answers, strict=True)
+            replace(
+                row,
+                generation=one.text,
+                rouge_l=rouge_l(one.text, rows.records[row.id].references),
+                cross_entropy_alone=without.cross_entropy,
+            )
+            for row, one, without in zip(measured, answers, alone, strict=True)
         ]
 
     return measure
+
+
+def _first_token(loaded: LoadedModel) -> int:
+    """The token that begins a text, so that a response can be read alone: BOS, or EOS where there is none."""
+    begins = loaded.tokenizer.bos_token_id
+    return int(begins) if begins is not None else min(loaded.eos_token_ids)
 
 
 def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:

@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from pocl_cli.steps.chain import Chain
 
 
-def planned_table(chain: Chain, num_rows: int) -> list[StageRow]:
-    """The stage table of a chain's student over so many training rows."""
+def planned_stages(chain: Chain, num_rows: int) -> list[Stage]:
+    """The stages of a chain's student over so many training rows, with their places instead of record ids."""
     ids = [str(number) for number in range(num_rows)]
     parts = _parts(chain, num_rows)
     subsets = [Subset(index, tuple(ids[part.start : part.stop])) for index, part in enumerate(parts)]
-    return stages_of(chain.config.train, chain.config.curriculum(subsets))
+    stages: list[Stage] = chain.config.curriculum(subsets)
+    return stages
+
+
+def planned_table(chain: Chain, num_rows: int) -> list[StageRow]:
+    """The stage table of a chain's student over so many training rows."""
+    return stages_of(chain.config.train, planned_stages(chain, num_rows))
 
 
 def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:

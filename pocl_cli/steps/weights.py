@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocl_cli.artifacts.disk import check_free_disk
 from pocl_cli.artifacts.manifest import Artifact
 from pocl_cli.log import get_logger
 from pocl_cli.models import folder
@@ -48,6 +49,8 @@ def _converted(chain: Chain, source: ModelSource) -> Artifact:
             get_logger().warning(
                 "%s has pickled weights only: they are read once, tensors only, and kept", source.label
             )
+            size = sum(path.stat().st_size for path in folder.weight_files(place, pickled=True))
+            check_free_disk(work.path, size, f"the weights of {source.label} as safetensors")
             pickled.convert(place, work.path / "model")
             found = work.commit(config=chain.run.resolved, inputs={}, command=chain.run.command, seed=None)
         get_logger().info("converted to safetensors: %s", found.path)

@@ -22,13 +22,18 @@ from pocl_cli.artifacts.hashing import canonical_json, sha256_file
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
+from pocl_cli.paths import confined
 from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pocl_cli.losses.evolving import MethodState
+
 KEPT = 2
+
+_METHOD_FILE = "method.safetensors"
 
 # What reading a damaged file raises; a missing one is a ResourceError where it is hashed.
 _DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeError, SafetensorError)
@@ -39,12 +44,18 @@ def save(
     state: TrainingState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
+    method_state: MethodState | None = None,
     processes: Processes = ALONE,
 ) -> None:
     """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
 
-    `optimizer` is None between stages, where the next stage starts with a fresh one. What is written does not depend on
-    how `processes` share the work, but what comes of it does.
+    Args:
+        folder: of the checkpoints.
+        state: where the run stands.
+        model: the whole student.
+        optimizer: over its parameters; None between stages, where the next one starts with a fresh one.
+        method_state: that of a KD method which evolves.
+        processes: those that train together, on whom the bytes of the run depend.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
     partial = folder / f".partial-{target.name}"
@@ -54,6 +65,8 @@ def save(
     durable.write_safetensors(partial / "model.safetensors", model_tensors(model))
     if optimizer is not None:
         durable.write_safetensors(partial / "optimizer.safetensors", _optimizer_tensors(optimizer, model))
+    if method_state:
+        durable.write_safetensors(partial / _METHOD_FILE, dict(method_state))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
     record = {"state": state.to_json(), "files": files, "conditions": _conditions(model, processes)}
     durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
@@ -111,6 +124,14 @@ def refuse_other_teacher(folder: Path, source: str | None) -> None:
             before = {"teacher": None}
         _refuse_other_conditions(checkpoints[-1], before, now)
     durable.write_json(path, now)
+
+
+def load_method_state(path: Path, model: nn.Module) -> MethodState:
+    """The state of the KD method in a checkpoint folder, on the device of `model`; empty where it has none."""
+    file = path / _METHOD_FILE
+    if not file.exists():
+        return {}
+    return load_file(file, device=str(next(model.parameters()).device))
 
 
 def load_optimizer(
@@ -193,7 +214,7 @@ def _read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
     """The state of a checkpoint and the conditions it was made under, once every file of it is as it was written."""
     record = _read_record(path)
     for name, digest in record["files"].items():
-        _check_digest(path / name, digest)
+        _check_digest(confined(path, name), digest)
     state = TrainingState.from_json(record["state"])
     if state.best is not None:
         _check_digest(_best_file(path.parent, state.best.step), state.best.sha256)

@@ -19,6 +19,7 @@ from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
 from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
+from pocl_cli.losses.evolving import MethodState, after_step, for_step
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
@@ -33,6 +34,7 @@ from pocl_cli.training.signals import Signals
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
+    from pocl_cli.losses.divergence import KDMethod
     from pocl_cli.training.student import StudentWithObjective
 
 
@@ -96,6 +98,7 @@ def train(job: TrainingJob) -> TrainingState:
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     found = checkpoint.load_newest(checkpoints, student.backbone, processes)
     state, resumed_from = found if found else (TrainingState(), None)
+    method_state = checkpoint.load_method_state(resumed_from, student.backbone) if resumed_from else {}
     processes.agree_on("the checkpoint to go on from (step, stage)", state.step, state.stage)
     replica = processes.replica(student)
     journal = Journal(job.folder, state, track=job.track) if processes.is_first else SilentJournal()
@@ -108,6 +111,7 @@ def train(job: TrainingJob) -> TrainingState:
 
     rates = learning_rates(job.stages, _schedule_steps(job), start=settings.lr, end=settings.lr_end)
     saved, optimizer, guard = state, None, None
+    num_steps = sum(row["steps"] for row in job.table)
     signals = processes.signals()
     try:
         left = slice(state.stage, None)
@@ -148,14 +152,16 @@ def train(job: TrainingJob) -> TrainingState:
                 num_tokens = sum(len(one.response_ids) for one in rows)
                 replica.module.train()
                 optimizer.zero_grad(set_to_none=True)
+                method = for_step(student.method, state.step / num_steps, method_state)
                 with signals.at_once():
-                    loss, ce, kd = _accumulate(job, replica, rows, stage, num_tokens)
+                    loss, ce, kd = _accumulate(job, replica, rows, stage, method, num_tokens)
                 grad_norm = replica.clip_gradients(settings.grad_clip)
                 guard.step(stage_step, loss, grad_norm)
 
                 state = replace(
                     state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
                 )
+                method_state = after_step(student.method, state.step / num_steps, method_state, kd)
 
                 # ── log ───────────────────────────────────────────────────────────────────────────────────────────
                 epoch, last = sampler.epoch(stage_step), stage_step + 1 == row["steps"]
@@ -193,7 +199,7 @@ def train(job: TrainingJob) -> TrainingState:
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
                 if not last and state.step % settings.checkpoint_every == 0:
                     guard.refuse()
-                    state = saved = _save(job, replica, journal, state, optimizer)
+                    state = saved = _save(job, replica, journal, state, method_state, optimizer)
                     waited = _Waited(state, note=waited.note)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
@@ -203,7 +209,7 @@ def train(job: TrainingJob) -> TrainingState:
                 processes.barrier()  # the next checkpoint removes what has now been read
             state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
             kept = optimizer if _keeps_optimizer(job, state.stage) else None
-            state = saved = _save(job, replica, journal, state, kept)
+            state = saved = _save(job, replica, journal, state, method_state, kept)
             resumed_from = None
         if signals.pending is not None:
             raise signals.pending
@@ -212,7 +218,7 @@ def train(job: TrainingJob) -> TrainingState:
         if state != saved:
             if guard is not None:
                 guard.refuse()
-            _save(job, replica, journal, state, optimizer)
+            _save(job, replica, journal, state, method_state, optimizer)
         raise
     finally:
         signals.release()
@@ -249,7 +255,7 @@ def _keeps_optimizer(job: TrainingJob, index: int) -> bool:
 
 
 def _accumulate(
-    job: TrainingJob, replica: Replica, rows: Sequence[TokenisedRow], stage: Stage, num_tokens: int
+    job: TrainingJob, replica: Replica, rows: Sequence[TokenisedRow], stage: Stage, method: KDMethod, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward and backward over a global batch, each process over its share; loss, CE and KD per response token of it.
 
@@ -266,6 +272,7 @@ def _accumulate(
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             normaliser=max(num_tokens, 1),
+            method=method,
         )
         ce, kd = output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1)
         totals += torch.stack([output.loss.detach(), ce, kd])
@@ -306,13 +313,16 @@ def _save(
     replica: Replica,
     journal: Journal,
     state: TrainingState,
+    method_state: MethodState,
     optimizer: torch.optim.Optimizer | None,
 ) -> TrainingState:
     """Makes all lines durable, then the checkpoint that counts them; the state as it was saved."""
     state = replace(state, metrics_bytes=journal.flush(state.step))
     with replica.whole(optimizer):
         if job.processes.is_first:
-            checkpoint.save(_checkpoints(job), state, job.student.backbone, optimizer, job.processes)
+            checkpoint.save(
+                _checkpoints(job), state, job.student.backbone, optimizer, method_state, processes=job.processes
+            )
     return state
 
 

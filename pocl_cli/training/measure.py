@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from pocl_cli import faults
+from pocl_cli.errors import NonFiniteError
 from pocl_cli.models.generate import Generated, generate
 from pocl_cli.records import ScoredRecord, TokenisedRow
 from pocl_cli.training.objective import collate, cross_entropy_per_token, tokens_per_chunk
@@ -63,9 +66,11 @@ def measure_and_generate(
     """`measure_cross_entropy` of the rows and `generate` from their prompts; prompt and response are read in one pass.
 
     The prompt's keys and values then serve the answers. Where the model cannot be decoded in slots, it reads twice.
+
+    Raises NonFiniteError, which names records, where a response's cross entropy or an answer's logits are not finite.
     """
     reader = _ScoringReader(headed, rows, num_real_tokens, hardware)
-    with hardware.autocast():
+    with hardware.autocast(), _records_named(rows):
         answers = generate(
             headed,
             [row.prompt_ids for row in rows],
@@ -83,6 +88,21 @@ def measure_and_generate(
         return reader.measured, answers
     measured = measure_cross_entropy(headed, rows, num_real_tokens=num_real_tokens, hardware=hardware)
     return measured, answers
+
+
+@contextmanager
+def _records_named(rows: Sequence[TokenisedRow]) -> Iterator[None]:
+    """Says of what generation refuses whose answers it was making."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.where is not None:
+            raise
+        raise NonFiniteError(error.what, where=_shown(rows), why=error.why, fix=error.fix) from error
+
+
+def _shown(rows: Sequence[TokenisedRow]) -> str:
+    return f"records {', '.join(row.id for row in rows[:5])}{', …' if len(rows) > 5 else ''}"
 
 
 class _ScoringReader:
@@ -132,6 +152,14 @@ class _ScoringReader:
         for number, row, ce_n in zip(prompts, group, ce_N.cpu().double().split(lengths), strict=True):
             self._measured[number] = ScoredRecord(
                 row.id, len(row.prompt_ids), len(row.response_ids), float(ce_n.mean())
+            )
+        bad = [self._rows[number] for number in prompts if not math.isfinite(self._measured[number].cross_entropy)]
+        if bad:
+            raise NonFiniteError(
+                "the cross entropy of a response is not finite",
+                where=_shown(bad),
+                why="the model's weights or its precision give NaN or infinity",
+                fix="check the model's weights, or use float32: its dtype, and hardware.precision",
             )
         firsts = torch.tensor([0, *lengths[:-1]], device=hidden_ND.device).cumsum(dim=0)
         return hidden_ND[firsts]

@@ -54,16 +54,20 @@ class StudentWithObjective(nn.Module):
         """Whether both models read rows without padding, so that a micro-batch is as large as its rows together."""
         return self.headed.packs and (self.teacher is None or self.teacher.packs)
 
-    def forward(self, batch: Batch, *, temperature: float, kd_ratio: float, normaliser: float) -> ObjectiveOutput:
+    def forward(
+        self, batch: Batch, *, temperature: float, kd_ratio: float, normaliser: float, method: KDMethod | None = None
+    ) -> ObjectiveOutput:
+        """The loss of a batch under the step's temperature, ratio and, for one that evolves, method."""
         batch = batch.to(self.hardware.device)
-        ratio = effective_kd_ratio(self.method, kd_ratio)
+        method = self.method if method is None else method
+        ratio = effective_kd_ratio(method, kd_ratio)
         with self.hardware.autocast():
             teacher_hidden_NE = self.teacher.hidden_states(batch) if ratio and self.teacher is not None else None
             return distillation_loss(
                 self.headed.hidden_states(batch),
                 self.headed.head,
                 batch.targets_N,
-                method=self.method,
+                method=method,
                 kd_ratio=kd_ratio,
                 temperature=temperature,
                 num_real_tokens=self.num_real_tokens,

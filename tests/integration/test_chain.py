@@ -69,6 +69,7 @@ def base_ids(folder: Path, _hydra: None) -> dict[str, str]:
         ("curriculum.stages=3", {"partition", "student"}),
         ("difficulty.seed=4", {"partition", "student"}),
         ("score.max_new_tokens=5", {"scores"}),
+        ("partition.by=quantiles", {"partition", "student"}),
         ("dataset.limit=20", {"scores", "teacher", "partition", "student"}),
         ("hardware.precision=bfloat16", {"scores", "teacher", "student"}),
         ("student.init_seed=1", {"scores", "student"}),

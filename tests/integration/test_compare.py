@@ -126,8 +126,11 @@ def test_compare_when_arms_have_one_and_two_stages_then_steps_are_matched_and_th
 ) -> None:
     content = content_of(undisturbed)
     assert [row["steps"] for row in content["rows"]] == [36, 36]
-    assert content["mismatches"]["fkl"]["growing"] == ["2 cosines instead of one cosine"]
-    assert "growing does not match flat: 2 cosines instead of one cosine" in undisturbed.stderr
+    assert content["mismatches"]["fkl"]["growing"] == [
+        "2 cosines of the learning rate instead of one cosine",
+        "2 fresh optimizers instead of 1",
+    ]
+    assert "growing does not match flat: 2 cosines of the learning rate instead of one cosine" in undisturbed.stderr
 
 
 def test_compare_when_called_again_then_everything_is_reused_and_the_tables_are_shown(

@@ -140,7 +140,7 @@ def test_tasks_when_one_is_killed_then_the_first_ends_with_a_line_that_says_so(f
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (("-m", "train.seed=1,2"), "a sweep starts jobs by itself"),
+        (("-m", "train.seed=1,2"), "it starts jobs by itself"),
         (("hardware=cpu_2",), "hardware.num_nodes=1, and torchrun started 2"),
         (("train.lrr=1",), "train.lrr"),
     ],

@@ -100,3 +100,21 @@ def test_log_when_jobs_share_a_process_then_each_has_its_own(folder: Path) -> No
     assert sum("train.seed=21" in text for text in logs) == 1
     assert sum("train.seed=22" in text for text in logs) == 1
     assert not any("train.seed=21" in text and "train.seed=22" in text for text in logs)
+
+
+def test_sweep_when_its_jobs_run_at_once_then_they_share_what_both_need(folder: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
+    done = sweep(folder, "train.seed=21,22", "difficulty.seed=3", "hydra/launcher=parallel")
+    assert done.exit_code == 0, done.stderr
+    assert len(set(done.stdout.splitlines())) == 2
+    assert [row[2] for row in table(done).values()] == ["made", "made"]
+    assert done.stderr.count("Partition, easiest subset first") == 1, "the other job waited for it"
+
+
+def test_sweep_when_slurm_shall_run_its_jobs_then_the_example_composes(folder: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
+    words = [*recipe(folder, folder / "outputs"), "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=2"]
+    done = run_pocl("distill", "--cfg", "hydra", "-p", "hydra.launcher", *words, cwd=folder)
+    assert done.exit_code == 0, done.stderr
+    assert "gpus_per_node: 2" in done.stdout
+    assert "SlurmLauncher" in done.stdout

@@ -30,7 +30,7 @@ pytestmark = [
 
 # 40 + 80 steps, so that there is time to disturb them.
 LONG = ("curriculum.epochs_per_stage=10", "train.evaluate_every=5", "train.checkpoint_every=10", "student.dropout=0")
-TWO = ("hardware=cpu_2", "hardware.timeout_seconds=15")
+TWO = ("hardware=cpu_2", "hardware.timeout_seconds=10")
 
 
 @dataclass(frozen=True)

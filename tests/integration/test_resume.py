@@ -37,11 +37,11 @@ NUM_STEPS, NUM_DEV_LINES = 24, 5
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def small_job(folder: Path, *, checkpoint_every: int = 2, **changes: Any) -> TrainingJob:
+def small_job(folder: Path, *, checkpoint_every: int = 2, method: str = "fkl", **changes: Any) -> TrainingJob:
     """2 + 4 steps with everything that has state: dropout, two stages, dev evaluations, the best state handed on."""
     return make_job(
         folder,
-        student=make_student(dropout=0.1),
+        student=make_student(method, dropout=0.1),
         rows=toy_rows(8),
         evaluates=True,
         keep_best=True,
@@ -150,6 +150,39 @@ def test_loop_when_the_newest_checkpoint_is_damaged_then_goes_on_from_the_one_be
 
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert [newest.parent.name in warning for warning in warnings] == [True]
+
+
+def job_that_evolves(folder: Path) -> TrainingJob:
+    """The job above with a method whose weight of the teacher depends on the divergences of all steps before."""
+    job = small_job(folder, checkpoint_every=1, method="taid")
+    job.student.method = replace(job.student.method, rate=0.9, momentum=0.5)
+    return job
+
+
+def newest_method_state(folder: Path) -> bytes:
+    return max((folder / "checkpoints").glob("*-*/method.safetensors")).read_bytes()
+
+
+@pytest.mark.parametrize("steps", [(1,), (2, 1), (4,), (5,)])
+def test_loop_when_a_method_with_a_state_is_interrupted_then_ends_in_the_same_bytes(tmp_path, steps):
+    whole = result(tmp_path / "whole", job_that_evolves(tmp_path / "whole"))
+
+    for step in steps:
+        with pytest.raises(Aborted):
+            train(replace(job_that_evolves(tmp_path / "cut"), show=abort_after(step)))
+
+    assert result(tmp_path / "cut", job_that_evolves(tmp_path / "cut")) == whole
+    assert newest_method_state(tmp_path / "cut") == newest_method_state(tmp_path / "whole")
+
+
+def test_loop_when_the_saved_state_of_a_method_is_damaged_then_goes_on_from_the_checkpoint_before(tmp_path):
+    whole = result(tmp_path / "whole", job_that_evolves(tmp_path / "whole"))
+    with pytest.raises(Aborted):
+        train(replace(job_that_evolves(tmp_path / "cut"), show=abort_after(5)))
+
+    flip_a_byte(max((tmp_path / "cut" / "checkpoints").glob("*-*/method.safetensors")))
+
+    assert result(tmp_path / "cut", job_that_evolves(tmp_path / "cut")) == whole
 
 
 # ── the step ──────────────────────────────────────────────────────────────────────────────────────────────────────

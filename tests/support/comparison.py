@@ -48,6 +48,6 @@ def make_outcome(cell: Cell, rouge_l: Sequence[float], *, steps: Sequence[int] =
             }
         },
         dev={"dev_rouge_l": 50.0 + cell.seed, "dev_cross_entropy": 1.0} if dev else {},
-        spent=Spent(tuple(steps), (0.1, 0.0), 4, 100 * cell.seed),
+        spent=Spent(tuple(steps), tuple(steps), len(steps), (0.1, 0.0), 4, 100 * cell.seed),
         train_seconds=float(cell.seed),
     )

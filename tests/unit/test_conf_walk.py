@@ -21,6 +21,7 @@ from pocl_cli.config import compose_run, conf_dir, from_hydra
 from pocl_cli.explain import options_of
 from pocl_cli.mistakes import FAMILIES
 from pocl_cli.schema import PoclConfig
+from pocl_cli.steps import distill
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.stages import planned_table
 from pocl_cli.validation import keys_of
@@ -30,6 +31,12 @@ FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 # Recipes only override, and Hydra's own files have Hydra's keys.
 DOCUMENTED = [path for path in FILES if path.relative_to(CONF).parts[0] not in ("experiment", "hydra")]
+# Optimizer steps over 11,435 rows: those of the paper's code, and ours, which keep the last batch of every epoch.
+PLANNED_STEPS = {
+    r"paper/reference_flags.*": 3552,
+    r"paper/.*_pocl": 3584,
+    r"paper/(gpt2|opt)_(fkl|rkl|jsd|tvd|s.kl)": 3580,
+}
 # What a choice needs beside it to be valid by itself.
 COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["teacher.path=owner/name"]}
 
@@ -79,6 +86,23 @@ def test_recipe_when_chosen_then_it_composes_and_is_valid_for_all_steps(recipe: 
     cfg = compose("distill", overrides=[f"experiment={recipe}"])
     for step in STEPS:
         from_hydra(step, cfg, [])
+
+
+@pytest.mark.parametrize("recipe", options("experiment"))
+def test_recipe_when_planned_then_its_stages_are_shown_without_data_models_or_a_file(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = compose_run("distill", [f"experiment={recipe}", "plan.enabled=true", "plan.num_rows=11435"])
+
+    planned = distill.run(run)
+
+    shown = capsys.readouterr()
+    assert (planned, shown.out, list(tmp_path.iterdir())) == (None, "", [])
+    rows = [line.split() for line in shown.err.splitlines() if line[:6].strip().isdigit()]
+    assert len(rows) == run.config.curriculum.stages
+    steps = sum(int(row[3].replace(",", "")) for row in rows)
+    assert steps == next((known for name, known in PLANNED_STEPS.items() if re.fullmatch(name, recipe)), steps)
 
 
 @pytest.mark.parametrize("choices", ROUNDS, ids=" ".join)

@@ -16,7 +16,6 @@ from pocl_cli.config import (
     add_user_config,
     compose_run,
     conf_dir,
-    recipe,
     user_config_folders,
 )
 from pocl_cli.mistakes import MultiConfigError
@@ -167,13 +166,13 @@ def test_recipe_when_a_caller_has_overrides_then_only_shared_sections_and_its_ow
         ],
         options=["--config-dir=x", "--config-name=y"],
     )
-    teacher = recipe(run, "demo_teacher", ["train.lr=0.25"])
+    teacher = run.recipe("demo_teacher", ["train.lr=0.25"])
     assert teacher.step == "distill"
     assert (teacher.config.train.lr, teacher.config.kd_method.name) == (0.25, "sft")
     assert (teacher.config.hardware.name, teacher.config.hardware.num_threads) == ("auto", 3)
     assert (teacher.config.upstream, teacher.config.paths.outputs) == ("auto", "elsewhere")
     assert teacher.options == ("--config-dir=x",)
-    assert recipe(run, "demo_warm_student", []).config.train.lr == 0.004
+    assert run.recipe("demo_warm_student", []).config.train.lr == 0.004
 
 
 def test_recipe_when_its_name_is_wrong_then_the_nearest_is_named_before_anything_runs(shipped: None) -> None:
@@ -204,8 +203,8 @@ def test_recipe_when_it_needs_itself_then_the_circle_is_shown(user: Path) -> Non
 
 def test_recipe_when_asked_for_twice_then_it_is_composed_once(shipped: None) -> None:
     runs = [compose_run("distill", ["experiment=demo", f"train.seed={seed}"]) for seed in (1, 2)]
-    teachers: list[Run] = [recipe(run, "demo_teacher", []) for run in runs]
-    assert teachers[0] is teachers[1]
+    teachers: list[Run] = [run.recipe("demo_teacher", []) for run in runs]
+    assert teachers[0].config is teachers[1].config
 
 
 def test_conf_dir_when_installed_in_place_then_it_is_that_of_the_repository() -> None:

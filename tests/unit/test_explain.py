@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 
 from pocl_cli.config import conf_dir
 from pocl_cli.errors import SecurityError
@@ -60,7 +61,7 @@ MISTAKES = [
     ("dataset.path=a (1).jsonl", ["quote the value: 'dataset.path=\"a (1).jsonl\"'"]),
     ("kd_method", ["cannot read the override 'kd_method'", "write kd_method=VALUE"]),
     ("kd_method=fkl,rkl", ["several values in 'kd_method=fkl,rkl'", "run it with -m"]),
-    ("hydra/launcher=joblib", ["unknown hydra/launcher 'joblib'", "pip install hydra-joblib-launcher"]),
+    ("hydra/launcher=ray", ["unknown hydra/launcher 'ray'", "pip install hydra-ray-launcher"]),
 ]
 
 
@@ -132,3 +133,8 @@ def test_explain_when_a_file_does_not_compose_then_it_is_named(tmp_path: Path, n
 def test_explain_when_yaml_asks_for_an_object_then_it_is_refused_for_security(tmp_path: Path) -> None:
     error = composition_error(tmp_path, "a: !!python/object/apply:os.system [id]\n")
     assert isinstance(explain(error), SecurityError)
+
+
+def test_launcher_when_its_package_is_not_installed_then_the_extra_is_named() -> None:
+    error = MissingConfigException("Could not find 'hydra/launcher/submitit_slurm'", missing_cfg_file=None)
+    assert "pip install 'pocl-cli[slurm]'" in str(explain(error))

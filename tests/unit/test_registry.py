@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from pocl_cli.errors import ConfigError
-from pocl_cli.registry import Registry, describe, kd_methods
+from pocl_cli.registry import Registry, describe, kd_methods, schedulers
 
 
 @pytest.fixture
@@ -92,6 +92,19 @@ def test_register_when_the_class_is_no_dataclass_then_it_is_refused(family: Regi
 
     with pytest.raises(AssertionError, match="must be a dataclass"):
         family.register("plain")(Plain)
+
+
+def test_describe_when_a_member_holds_another_then_the_inner_one_is_named_too() -> None:
+    """Forward and reverse KL have the same keys: without the name, two rankings would share an identity."""
+    base = {"name": "rkl", "t_squared": True}
+    values = {"name": "ranking", "base": base, "weight": 1.0, "top_k": 5}
+    assert describe(kd_methods.build(values)) == values
+
+
+def test_describe_when_a_member_holds_a_plain_dataclass_then_its_fields_are_plain_values() -> None:
+    ramps = {"temperature": {"start": 1.0, "end": 2.0}, "kd_ratio": {"start": 0.7, "end": 1.0}}
+    values = {"name": "none", "stages": 2, "epochs_per_stage": 3, **ramps}
+    assert describe(schedulers.build(values)) == values
 
 
 def test_members_when_shipped_then_they_are_frozen() -> None:

@@ -38,21 +38,21 @@ def errors_of(*words: str) -> list[str]:
 
 
 def test_expand_when_methods_and_seeds_are_named_then_every_arm_runs_with_each() -> None:
-    words = ["comparison.methods=[fkl,rkl]", "comparison.seeds=[3,4]", "comparison.only=[once,twice]"]
+    words = ["comparison.methods=[fkl,rkl]", "comparison.seeds=[3,4]", "comparison.only=[none,both]"]
     runs = arms.expand(composed(*words, "train.lr=0.5"))
     assert [one.cell for one in runs] == [
-        Cell(method, arm, seed) for method in ("fkl", "rkl") for arm in ("once", "twice") for seed in (3, 4)
+        Cell(method, arm, seed) for method in ("fkl", "rkl") for arm in ("none", "both") for seed in (3, 4)
     ]
     for one in runs:
         config = one.run.config
         assert (config.kd_method.name, config.train.seed, config.train.lr) == (one.cell.method, one.cell.seed, 0.5)
-        assert config.curriculum.stages == {"once": 1, "twice": 2}[one.cell.arm]
+        assert config.curriculum.stages == {"none": 1, "both": 4}[one.cell.arm]
         assert (config.upstream, config.comparison) == ("auto", None)
 
 
 def test_expand_when_no_method_is_named_then_it_is_the_composed_one_with_its_keys() -> None:
     (one, _) = arms.expand(
-        composed("kd_method=sfkl", "kd_method.alpha=0.3", "comparison.seeds=[1]", "comparison.only=[once,twice]")
+        composed("kd_method=sfkl", "kd_method.alpha=0.3", "comparison.seeds=[1]", "comparison.only=[none,both]")
     )
     assert one.cell.method == "sfkl"
     assert describe(one.run.config.kd_method)["alpha"] == 0.3
@@ -66,19 +66,19 @@ def test_expand_when_an_arm_refers_to_the_seed_then_it_is_that_of_the_run() -> N
 
 
 def test_expand_when_an_arm_has_a_mistyped_key_then_the_key_the_arm_and_its_file_are_named() -> None:
-    lines = errors_of('comparison.arms.twice=["curriculm.stages=2","train.lrr=1"]', "comparison.seeds=[1,2]")
+    lines = errors_of('comparison.arms.both=["curriculm.stages=2","train.lrr=1"]', "comparison.seeds=[1,2]")
     assert [line.partition(" — ")[0] for line in lines] == [
-        "unknown key 'curriculm.stages' in arm twice of conf/comparison/restarts.yaml",
-        "unknown key 'train.lrr' in arm twice of conf/comparison/restarts.yaml",
+        "unknown key 'curriculm.stages' in arm both of conf/comparison/restarts.yaml",
+        "unknown key 'train.lrr' in arm both of conf/comparison/restarts.yaml",
     ]
     assert "did you mean 'curriculum.stages'?" in lines[0]
 
 
 def test_expand_when_values_of_arms_are_wrong_then_all_are_told() -> None:
-    lines = errors_of('comparison.arms.once=["train.lr=-1"]', 'comparison.arms.twice=["kd_method=rkll"]')
+    lines = errors_of('comparison.arms.none=["train.lr=-1"]', 'comparison.arms.both=["kd_method=rkll"]')
     assert [line.partition(" — ")[0] for line in lines] == [
-        "bad value train.lr=-1 in arm once of conf/comparison/restarts.yaml",
-        "unknown kd_method 'rkll' in arm twice of conf/comparison/restarts.yaml",
+        "bad value train.lr=-1 in arm none of conf/comparison/restarts.yaml",
+        "unknown kd_method 'rkll' in arm both of conf/comparison/restarts.yaml",
     ]
 
 
@@ -86,7 +86,7 @@ def test_expand_when_values_of_arms_are_wrong_then_all_are_told() -> None:
     ("words", "part"),
     [
         (["train.seed=3"], "train.seed is set in the command line"),
-        (['comparison.arms.once=["train.seed=3"]'], "train.seed is set in arm once of conf/comparison/restarts.yaml"),
+        (['comparison.arms.none=["train.seed=3"]'], "train.seed is set in arm none of conf/comparison/restarts.yaml"),
         (["comparison.methods=[rkl]", "kd_method=fkl"], "kd_method is set in the command line"),
         (["comparison.methods=[rkl,sfkll]"], "unknown comparison.methods 'sfkll'"),
     ],
@@ -100,8 +100,8 @@ def test_expand_when_something_would_be_ignored_then_it_is_refused(words: list[s
     ("words", "part"),
     [
         (["comparison.sedes=[1]"], "did you mean 'comparison.seeds'?"),
-        (["comparison.baseline=onse"], "did you mean 'once'?"),
-        (["comparison.only=[twice,four_times]"], "the baseline 'once' is not among the arms"),
+        (["comparison.baseline=nonee"], "did you mean 'none'?"),
+        (["comparison.only=[optimizer,both]"], "the baseline 'none' is not among the arms"),
         (["evaluation.model=teacher"], "it evaluates the students of its arms"),
     ],
 )

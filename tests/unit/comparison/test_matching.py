@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hydra import initialize_config_dir
 
-from pocl_cli.comparison.matching import Spent, mean_spent, mismatches
+from pocl_cli.comparison.matching import Spent, mean_spent, mismatches, spent_by
+from pocl_cli.config import compose_run, conf_dir
+from pocl_cli.curriculum.stage_table import StageRow
+from pocl_cli.records import Stage
 
-FLAT = Spent(steps=(2512,), lr=(0.004, 4e-5), global_batch_size=32, response_tokens=240_000)
+FLAT = Spent(
+    steps=(2512,), schedules=(2512,), num_optimizers=1, lr=(0.004, 4e-5), global_batch_size=32, response_tokens=240_000
+)
 
 
 @pytest.mark.parametrize(
@@ -18,18 +24,22 @@ FLAT = Spent(steps=(2512,), lr=(0.004, 4e-5), global_batch_size=32, response_tok
         (replace(FLAT, response_tokens=241_000), []),
         (replace(FLAT, response_tokens=None), []),
         (replace(FLAT, response_tokens=228_000), ["228,000 response tokens instead of 240,000 (-5.0 %)"]),
-        (replace(FLAT, steps=(2500,)), ["2,500 steps instead of 2,512 (-0.5 %)"]),
-        (replace(FLAT, steps=(256, 504, 752, 1000)), ["4 cosines instead of one cosine"]),
+        (replace(FLAT, steps=(2500,), schedules=(2500,)), ["2,500 steps instead of 2,512 (-0.5 %)"]),
+        (
+            replace(FLAT, steps=(256, 504, 752, 1000), schedules=(256, 504, 752, 1000), num_optimizers=4),
+            ["4 cosines of the learning rate instead of one cosine", "4 fresh optimizers instead of 1"],
+        ),
+        (replace(FLAT, steps=(1256, 1256)), []),
         (replace(FLAT, lr=(0.001, 0)), ["learning rate 0.001 → 0 instead of 0.004 → 4e-05"]),
         (replace(FLAT, global_batch_size=8), ["8 rows a step instead of 32"]),
         (
-            Spent((100, 100), (0.1, 0.0), 8, 1),
+            Spent((100, 100), (100, 100), 1, (0.1, 0.0), 8, 1),
             [
                 "200 steps instead of 2,512 (-92.0 %)",
                 "8 rows a step instead of 32",
                 "1 response tokens instead of 240,000 (-100.0 %)",
                 "learning rate 0.1 → 0 instead of 0.004 → 4e-05",
-                "2 cosines instead of one cosine",
+                "2 cosines of the learning rate instead of one cosine",
             ],
         ),
     ],
@@ -38,11 +48,31 @@ def test_mismatches_when_an_arm_spends_otherwise_then_each_difference_is_named(a
     assert mismatches(arm, FLAT) == expected
 
 
-def test_mismatches_when_stages_have_other_lengths_then_they_are_named() -> None:
-    staged = replace(FLAT, steps=(256, 504, 752, 1000))
-    assert mismatches(replace(FLAT, steps=(628, 628, 628, 628)), staged) == [
-        "stages of 628 + 628 + 628 + 628 steps instead of 256 + 504 + 752 + 1,000"
+def test_mismatches_when_schedules_have_other_lengths_then_they_are_named() -> None:
+    staged = replace(FLAT, steps=(256, 504, 752, 1000), schedules=(256, 504, 752, 1000))
+    assert mismatches(replace(FLAT, schedules=(628, 628, 628, 628)), staged) == [
+        "cosines of 628 + 628 + 628 + 628 steps instead of 256 + 504 + 752 + 1,000"
     ]
+
+
+@pytest.mark.parametrize(
+    ("restart_lr", "restart_optimizer", "schedules", "num_optimizers"),
+    [(True, True, (4, 8), 2), (False, True, (12,), 2), (True, False, (4, 8), 1), (False, False, (12,), 1)],
+)
+def test_spent_when_stages_restart_or_not_then_schedules_and_optimizers_are_counted(
+    restart_lr: bool, restart_optimizer: bool, schedules: tuple[int, ...], num_optimizers: int
+) -> None:
+    restarts = {"restart_lr": restart_lr, "restart_optimizer": restart_optimizer}
+    stages = [Stage(index, ("a",), 1, 1.0, 1.0, **restarts) for index in range(3)]
+    table = [
+        StageRow(stage=i, num_rows=1, epochs=1, steps=n, temperature=1.0, kd_ratio=1.0, lr=0.1)
+        for i, n in enumerate((4, 8, 0))
+    ]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        train = compose_run("distill", ["experiment=demo"]).config.train
+    found = spent_by(train, stages, table)
+    assert (found.steps, found.schedules, found.num_optimizers) == ((4, 8), schedules, num_optimizers)
+    assert (found.lr, found.global_batch_size) == ((train.lr, train.lr_end), train.global_batch_size)
 
 
 def test_mean_spent_when_seeds_differ_in_tokens_then_is_their_mean() -> None:

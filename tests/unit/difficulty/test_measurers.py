@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -21,8 +22,13 @@ from pocl_cli.registry import difficulty_measurers
 from ...support.scores import make_scores
 
 CONF = Path(__file__).parents[3] / "conf" / "difficulty"
-SHIPPED = {
-    "rrf": {"name": "rrf", "k": 60},
+PAPERS = [{"name": "rouge_l", "weight": 1.0}, {"name": "cross_entropy", "weight": 1.0}]
+SHIPPED: dict[str, dict[str, Any]] = {
+    "rrf": {"name": "rrf", "k": 60, "members": PAPERS},
+    "mean_rank": {"name": "mean_rank", "members": PAPERS},
+    "ifd": {"name": "ifd"},
+    "length": {"name": "length", "part": "response"},
+    "teacher_gap": {"name": "teacher_gap"},
     "rouge_l": {"name": "rouge_l"},
     "cross_entropy": {"name": "cross_entropy"},
     "random": {"name": "random", "seed": 10},
@@ -31,7 +37,12 @@ SHIPPED = {
 
 def _row(record_id: str, rouge_l: float | None, cross_entropy: float) -> ScoredRecord:
     return ScoredRecord(
-        id=record_id, num_prompt_tokens=5, num_response_tokens=3, cross_entropy=cross_entropy, rouge_l=rouge_l
+        id=record_id,
+        num_prompt_tokens=5,
+        num_response_tokens=3,
+        cross_entropy=cross_entropy,
+        rouge_l=rouge_l,
+        cross_entropy_alone=3.5,
     )
 
 
@@ -64,7 +75,7 @@ def test_difficulty_when_there_are_no_rows_then_is_empty(name: str) -> None:
     assert _measurer(name)(make_scores([])).shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["rrf", "rouge_l", "cross_entropy"])
+@pytest.mark.parametrize("name", ["rrf", "mean_rank", "rouge_l", "cross_entropy", "ifd", "teacher_gap"])
 def test_difficulty_when_a_row_is_better_in_every_metric_then_it_is_easier(name: str) -> None:
     easy, hard = _measurer(name)(make_scores([_row("easy", 0.8, 1.0), _row("hard", 0.2, 4.0)]))
     assert easy < hard
@@ -89,6 +100,53 @@ def test_rrf_when_k_grows_then_the_mean_rank_beats_the_single_best_one() -> None
 def test_rrf_when_all_rows_tie_then_all_difficulties_are_equal() -> None:
     difficulty = _measurer("rrf")(make_scores([_row(str(index), 0.0, 2.0) for index in range(7)]))
     assert len(set(difficulty.tolist())) == 1
+
+
+def test_rrf_when_members_are_left_out_then_is_the_papers() -> None:
+    assert difficulty_measurers.build({"name": "rrf", "k": 60}) == _measurer("rrf")
+    assert difficulty_measurers.build({"name": "rrf", "k": 60, "members": ["rouge_l", "cross_entropy"]}) == _measurer(
+        "rrf"
+    )
+
+
+def test_rrf_when_members_have_weights_then_each_counts_so_much() -> None:
+    # ROUGE-L ranks 1, 2.5, 2.5, 4; the others' ranks are all 2.5, as their lengths are equal.
+    length = {"name": "length", "part": "response", "weight": 0.5}
+    difficulty = _measurer("rrf", k=0, members=[{"name": "rouge_l", "weight": 3}, length])(make_scores(ROWS))
+    assert difficulty == pytest.approx([-(3 / rank + 0.5 / 2.5) for rank in (1, 2.5, 2.5, 4)], abs=1e-15)
+
+
+def test_mean_rank_when_members_have_weights_then_is_their_weighted_mean() -> None:
+    # ROUGE-L ranks 1, 2.5, 2.5, 4; cross-entropy ranks 1, 4, 2.5, 2.5.
+    assert _measurer("mean_rank")(make_scores(ROWS)).tolist() == [1, 3.25, 2.5, 3.25]
+    members = [{"name": "rouge_l", "weight": 3}, "cross_entropy"]
+    assert _measurer("mean_rank", members=members)(make_scores(ROWS)).tolist() == [1, 2.875, 2.5, 3.625]
+
+
+def test_fusion_when_a_member_is_a_fusion_then_its_order_is_fused() -> None:
+    inner = {"name": "mean_rank", "members": ["rouge_l", "cross_entropy"]}
+    measurer = _measurer("mean_rank", members=[inner, "teacher_gap"])
+    assert measurer.needs == {"rouge_l", "cross_entropy", "teacher_cross_entropy"}
+    # The gap is the cross entropy less 0.5 everywhere: ranks 1, 3.5, 2, 3.5 and 1, 4, 2.5, 2.5.
+    assert measurer(make_scores(ROWS)).tolist() == [1, 3.75, 2.25, 3]
+
+
+def test_ifd_when_the_prompt_helps_then_is_below_one() -> None:
+    rows = [_row("helps", 0.0, 3.5 - math.log(4)), _row("does nothing", 0.0, 3.5), _row("harms", 0.0, 4.5)]
+    assert _measurer("ifd")(make_scores(rows)) == pytest.approx([0.25, 1, math.e])
+
+
+def test_length_when_a_part_is_chosen_then_counts_its_tokens() -> None:
+    rows = make_scores([replace(ROWS[0], num_prompt_tokens=7, num_response_tokens=2)])
+    assert [_measurer("length", part=part)(rows)[0] for part in ("prompt", "response", "both")] == [7, 2, 9]
+
+
+def test_teacher_gap_when_both_models_find_a_row_hard_then_it_is_not() -> None:
+    scores = make_scores(ROWS)
+    theirs = pa.array([0.5, 3.0, 0.5, 1.5])
+    place = scores.table.column_names.index("teacher_cross_entropy")
+    table = scores.table.set_column(place, "teacher_cross_entropy", theirs)
+    assert _measurer("teacher_gap")(replace(scores, table=table)).tolist() == [0.5, 0.0, 1.5, 0.5]
 
 
 def test_random_when_seeded_then_is_uniform_repeatable_and_another_with_another_seed() -> None:
@@ -140,6 +198,13 @@ def test_difficulty_when_a_measurement_is_not_finite_then_names_the_rows(name: s
         ({"name": "rrf", "k": math.inf}, "finite"),
         ({"name": "rrf", "k": 60, "kk": 1}, "kk"),
         ({"name": "random", "seed": "many"}, "integer"),
+        ({"name": "length", "part": "all"}, "'prompt', 'response' or 'both'"),
+        ({"name": "mean_rank", "members": []}, "at least 1"),
+        ({"name": "mean_rank", "members": ["rouge"]}, "unknown difficulty 'rouge'.*did you mean 'rouge_l'"),
+        ({"name": "mean_rank", "members": ["length"]}, "member 'length' of the fusion is wrong: part: .*equired"),
+        ({"name": "mean_rank", "members": [{"name": "ifd", "weight": 0}]}, "the weight of 'ifd' is 0"),
+        ({"name": "mean_rank", "members": [{"name": "ifd", "weight": math.nan}]}, "a number above 0"),
+        ({"name": "mean_rank", "members": [{"weight": 1}]}, "no difficulty is chosen"),
     ],
 )
 def test_configuration_when_wrong_then_is_refused(values: dict[str, Any], complaint: str) -> None:
@@ -148,8 +213,11 @@ def test_configuration_when_wrong_then_is_refused(values: dict[str, Any], compla
 
 
 def test_needs_when_a_metric_is_unused_then_it_is_not_required() -> None:
-    needs = {name: set(difficulty_measurers.get(name).needs) for name in SHIPPED}  # type: ignore[attr-defined]
-    assert needs == {
+    assert {name: set(_measurer(name).needs) for name in SHIPPED} == {
+        "mean_rank": {"rouge_l", "cross_entropy"},
+        "ifd": {"cross_entropy", "cross_entropy_alone"},
+        "length": {"num_prompt_tokens", "num_response_tokens"},
+        "teacher_gap": {"cross_entropy", "teacher_cross_entropy"},
         "rrf": {"rouge_l", "cross_entropy"},
         "rouge_l": {"rouge_l"},
         "cross_entropy": {"cross_entropy"},

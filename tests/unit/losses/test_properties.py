@@ -21,6 +21,8 @@ def shipped(name):
 
 
 DIVERGENCES = [name for name in NAMES if shipped(name).needs_teacher]
+# A part of them counts as a constant; test_divergences.py holds it fixed in the slow version, too.
+WITH_HELD_PARTS = ["akl", "taid", "todi"]
 seeds = st.integers(0, 2**31)
 # Up to logits so far apart that probabilities underflow in float32.
 scales = st.sampled_from([1e-3, 1.0, 10.0, 300.0])
@@ -90,7 +92,7 @@ def test_divergence_of_different_distributions_is_positive(name):
     assert values.min() > 1e-3
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in WITH_HELD_PARTS])
 def test_gradient_in_float64_equals_central_differences(name):
     student, teacher = random_logits(1, 2.0, torch.float64), random_logits(2, 2.0, torch.float64)
 

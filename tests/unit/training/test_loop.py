@@ -7,7 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_cli import faults
 from pocl_cli.errors import Interrupted, NonFiniteError
+from pocl_cli.losses.divergence import KDMethod
+from pocl_cli.losses.evolving import MethodState
 from pocl_cli.models.head import HeadedModel
 from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.sampler import Sampler
 
@@ -517,6 +520,40 @@ def test_sigint_when_it_comes_twice_then_the_run_ends_at_once(tmp_path):
     assert newest_checkpoint(tmp_path) == "none"
 
 
+# ── a method that changes ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Counting:
+    """Forward KL that counts its steps in its state, and remembers what the loop told it."""
+
+    told: list[tuple[float, float]] = field(default_factory=list)
+    needs_teacher, t_squared = True, True
+
+    def __call__(self, student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the loop must ask for the method of the step")
+
+    def for_step(self, progress: float, state: MethodState) -> KDMethod:
+        self.told.append((progress, float(state.get("steps", torch.zeros(())))))
+        forward_kl: KDMethod = kd_methods.build({"name": "fkl", "t_squared": True})
+        return forward_kl
+
+    def after_step(self, progress: float, state: MethodState, kd: torch.Tensor) -> MethodState:
+        self.told.append((progress, float(kd)))
+        return {"steps": state.get("steps", torch.zeros_like(kd)) + 1}
+
+
+def test_method_that_evolves_when_trained_then_is_told_progress_state_and_divergence_of_every_step(tmp_path):
+    job = make_job(tmp_path)
+    job.student.method = method = Counting()
+
+    train(job)
+
+    assert method.told[::2] == [(step / 10, step) for step in range(10)]
+    assert method.told[1::2] == [((line["step"]) / 10, line["kd"]) for line in train_lines(tmp_path)]
+    assert len(method.told) == 20
+
+
 # ── waiting for the device ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -535,7 +572,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("packs", [True, False])
-@pytest.mark.parametrize("method", ["fkl", "jsd", "sft"])
+@pytest.mark.parametrize("method", ["fkl", "jsd", "sft", "taid", "ranking"])
 def test_step_between_two_lines_reads_no_value_from_the_device(tmp_path, monkeypatch, method, packs):
     waits, seen = Waits(), []
     job = make_job(

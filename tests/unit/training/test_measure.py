@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pocl_cli.errors import NonFiniteError
 from pocl_cli.models.generate import Generated, generate
 from pocl_cli.models.head import split_model
 from pocl_cli.records import ScoredRecord, TokenisedRow
@@ -155,3 +156,12 @@ def test_one_pass_when_rows_come_in_another_order_then_each_has_the_same():
     assert [row.cross_entropy for row in again[::-1]] == pytest.approx(
         [row.cross_entropy for row in measured], rel=1e-12
     )
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, WINDOWED], ids=lambda one: one["model_type"])
+def test_one_pass_when_the_model_gives_no_finite_numbers_then_is_refused_with_the_records(architecture):
+    model = make_model(architecture, 0)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=rf"records .*\b{ROWS[0].id}\b"):
+        measure_in_one_pass(model)

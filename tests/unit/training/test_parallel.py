@@ -72,13 +72,16 @@ def together(size: int, folder: Path, job: Callable[[], TrainingJob]) -> None:
     in_processes(size, folder, lambda processes: train(replace(job(), processes=processes)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(
+    ("method", "dtype", "tolerance"),
+    [("jsd", torch.float32, 1e-5), ("jsd", torch.float64, 1e-10), ("taid", torch.float64, 1e-10)],
+)
 @pytest.mark.parametrize("micro_batch", [4096, 60])
 def test_losses_and_gradient_norms_when_two_processes_train_then_are_those_of_one(
-    tmp_path: Path, dtype: torch.dtype, tolerance: float, micro_batch: int
+    tmp_path: Path, method: str, dtype: torch.dtype, tolerance: float, micro_batch: int
 ) -> None:
     def job(name: str, **changes: Any) -> TrainingJob:
-        student = make_student("jsd", dtype=dtype)
+        student = make_student(method, dtype=dtype)
         return make_job(
             tmp_path / name, student=student, global_batch_size=3, evaluates=True, keep_best=True, **changes
         )

@@ -1,0 +1,141 @@
+"""What `pocl score` measures for the difficulties, and what changing the difficulty costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pocl_cli.artifacts import durable
+from pocl_cli.errors import ArtifactError
+from pocl_cli.models.load import load_model, load_tokenizer
+from pocl_cli.registry import difficulty_measurers
+from pocl_cli.run import Run
+from pocl_cli.steps import partition, score
+from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.rows import training_rows
+
+from ..support.folders import memory_folder
+from ..support.recipe import changed, compose, recipe, write_inputs
+
+# Any of the shipped ones, and fusions of them.
+DIFFICULTIES: list[dict[str, Any]] = [
+    {"name": "rouge_l"},
+    {"name": "cross_entropy"},
+    {"name": "ifd"},
+    {"name": "teacher_gap"},
+    {"name": "length", "part": "prompt"},
+    {"name": "rrf", "k": 60},
+    {"name": "rrf", "k": 5, "members": ["ifd", {"name": "length", "part": "response", "weight": 0.5}]},
+    {"name": "mean_rank", "members": ["rouge_l", "teacher_gap", {"name": "random", "seed": 3}]},
+]
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    with memory_folder() as folder:
+        write_inputs(folder / "inputs")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Run:
+    words = recipe(place / "inputs", place / "outputs", "difficulty=rrf", "score.max_new_tokens=4")
+    return compose(words, "partition")
+
+
+def with_difficulty(run: Run, values: dict[str, Any]) -> Run:
+    return changed(run, difficulty=difficulty_measurers.build(values))
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[str]]:
+    """The embeddings that forward passes of language models begin with."""
+    passes: list[str] = []
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Embedding):
+            passes.append(type(module).__name__)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def test_scores_when_measured_then_hold_the_cross_entropy_of_the_response_alone(run: Run) -> None:
+    chain = Chain(run)
+    scored = score.run(run.for_step("score")).artifact
+
+    loaded = load_model(chain.student, device=torch.device("cpu"), dtype_override=None, dropout=None)
+    tokenizer = load_tokenizer(chain.student)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows = training_rows(run.config, tokenizer).train
+    table = pq.read_table(scored.path / "scores.parquet").to_pylist()
+    for found in table:
+        response = torch.tensor(list(rows.row(found["id"]).response_ids))
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([[first, *response.tolist()]])).logits[0, :-1]
+        expected = nn.functional.cross_entropy(logits.double()[:, : len(tokenizer)], response)
+        assert found["cross_entropy_alone"] == pytest.approx(float(expected), rel=1e-5)
+        assert found["cross_entropy_alone"] != pytest.approx(found["cross_entropy"], rel=1e-3)
+    theirs = chain.store.find(chain.score_key("teacher"))
+    assert theirs is not None
+    assert pq.read_table(theirs.path / "scores.parquet")["cross_entropy_alone"].null_count == len(table)
+
+
+def test_partition_when_the_difficulty_changes_then_nothing_is_measured_again(run: Run) -> None:
+    score.run(run.for_step("score"))
+
+    with counted_passes() as passes:
+        made = [partition.run(with_difficulty(run, values)).artifact for values in DIFFICULTIES]
+
+    assert passes == []
+    assert len({artifact.id for artifact in made}) == len(DIFFICULTIES)
+    assert len({artifact.manifest.inputs["scores"] for artifact in made}) == 1
+    assert ["teacher_scores" in artifact.manifest.inputs for artifact in made] == [
+        "teacher_gap" in str(values) for values in DIFFICULTIES
+    ]
+
+
+def test_partition_when_the_teachers_scores_are_missing_then_they_alone_are_made(run: Run, place: Path) -> None:
+    alone = changed(run, outputs=place / "later", score=run.config.score.model_copy(update={"teacher": False}))
+    students = score.run(alone.for_step("score")).artifact
+    assert Chain(alone).store.find(Chain(alone).score_key("teacher")) is None
+
+    gap = with_difficulty(changed(run, outputs=place / "later"), {"name": "teacher_gap"})
+    parted = partition.run(gap).artifact
+
+    theirs = Chain(gap).store.find(Chain(gap).score_key("teacher"))
+    assert theirs is not None
+    assert parted.manifest.inputs == {"scores": students.id, "teacher_scores": theirs.id}
+    ce = [
+        {row["id"]: row["cross_entropy"] for row in pq.read_table(one.path / "scores.parquet").to_pylist()}
+        for one in (students, theirs)
+    ]
+    order = pq.read_table(parted.path / "partition.parquet")["id"].to_pylist()
+    gaps = [ce[0][record_id] - ce[1][record_id] for record_id in order]
+    assert gaps == sorted(gaps)
+    assert gaps[0] < gaps[-1]
+
+
+def test_partition_when_the_teacher_measured_other_rows_then_refuses(run: Run, place: Path) -> None:
+    gap = with_difficulty(changed(run, outputs=place / "other"), {"name": "teacher_gap"})
+    chain = Chain(gap)
+    measured = score.run(run.for_step("score")).artifact
+    table = pq.read_table(measured.path / "scores.parquet")
+    for who, rows in (("student", table), ("teacher", table.slice(1))):
+        with chain.store.open_work(chain.score_key(who)) as work:
+            durable.write_parquet(work.path / "scores.parquet", rows)
+            work.commit(config=gap.resolved, inputs={}, command=gap.command, seed=None)
+
+    with pytest.raises(ArtifactError, match="teacher's scores are of other rows than the student's"):
+        partition.run(gap)
