@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
 
 # Before the name of a column of scores that is the teacher's.
 TEACHER = "teacher_"
@@ -88,6 +91,23 @@ class Subset:
     record_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convergence:
+    """When a stage ends before its last epoch: once its dev evaluations do not improve any more.
+
+    Attributes:
+        metric: the figure that is watched, ROUGE-L for its highest and cross entropy for its lowest value; None: never.
+        patience: evaluations in a row without an improvement in the stage.
+        min_epochs: epochs that are made in any case.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    metric: Literal["dev_rouge_l", "dev_cross_entropy"] | None
+    patience: Annotated[int, Field(ge=1)]
+    min_epochs: Annotated[int, Field(ge=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """What is trained on at one temperature and kd_ratio.
@@ -101,6 +121,7 @@ class Stage:
         times: how often the stage sees each row in all, epochs × rows together; None: once an epoch.
         restart_optimizer: it starts with fresh moments (the first stage always does).
         restart_lr: it starts the learning-rate schedule afresh (the first stage always does).
+        convergence: a rule by which it may end before its last epoch.
     """
 
     index: int
@@ -111,3 +132,4 @@ class Stage:
     times: tuple[int, ...] | None = None
     restart_optimizer: bool = True
     restart_lr: bool = True
+    convergence: Convergence | None = None

@@ -190,6 +190,7 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=1)]
     evaluate_every: Annotated[int, Field(ge=0)]
     checkpoint_policy: Literal["last", "best"]
+    dev_rows: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None
     dev_decoding: DecodingConfig
 
     @model_validator(mode="after")
@@ -208,14 +209,14 @@ class HardwareConfig(Section):
     objective_memory_mb: Annotated[int, Field(ge=1)]
     num_processes: Annotated[int, Field(ge=1)]
     num_nodes: Annotated[int, Field(ge=1)]
-    parallel: Literal["none", "ddp"]
+    parallel: Literal["none", "ddp", "fsdp"]
     timeout_seconds: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> HardwareConfig:
         several = f"num_processes={self.num_processes} on num_nodes={self.num_nodes}"
         if self.num_processes * self.num_nodes > 1 and self.parallel == "none":
-            raise ValueError(f"{several} need parallel=ddp; parallel=none is for one process")
+            raise ValueError(f"{several} need parallel=ddp or fsdp; parallel=none is for one process")
         if self.num_processes * self.num_nodes == 1 and self.parallel != "none":
             raise ValueError(f"parallel={self.parallel} is for several processes; set parallel=none")
         if self.num_processes > 1 and ":" in self.device:

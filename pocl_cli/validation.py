@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
-from pocl_cli.records import reads_teacher
+from pocl_cli.records import Convergence, reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
@@ -134,6 +134,8 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
     if step in ("score", "partition") or (trains and config.curriculum.needs_partition):
         yield from _teacher_is_measured(config)
+    if trains and may_end_early(config):
+        yield from _stages_may_converge(config)
     if config.partition.at is not None and (config.curriculum.needs_partition or step == "partition"):
         yield from _borders_fit(config, len(config.partition.at))
     if config.plan.num_rows is not None and config.curriculum.needs_partition and config.partition.by != "counts":
@@ -148,6 +150,7 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="teacher=none",
             fix="choose a teacher with teacher=NAME or teacher.path=…",
         )
+    yield from _dev_rows_fit(config)
     limit, dev_size = config.dataset.limit, config.dataset.dev_size
     if limit is not None and dev_size >= limit:
         yield ConfigError(
@@ -159,9 +162,48 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield from _stages_fit(config, limit - dev_size, f"dataset.limit={limit} less dataset.dev_size={dev_size}")
 
 
+def _dev_rows_fit(config: PoclConfig) -> Iterator[PoclError]:
+    dev_rows, stages = config.train.dev_rows, config.curriculum.stages
+    if isinstance(dev_rows, tuple) and len(dev_rows) != stages:
+        yield ConfigError(
+            f"train.dev_rows={list(dev_rows)} does not fit curriculum.stages={stages}",
+            why=f"it has {len(dev_rows)} numbers for {stages} stages",
+            fix="give one number for all stages, or a list with one a stage",
+        )
+    most = max(dev_rows if isinstance(dev_rows, tuple) else (dev_rows or 0,), default=0)
+    if most > config.dataset.dev_size:
+        yield ConfigError(
+            f"train.dev_rows={most} is more than there are dev rows",
+            why=f"dataset.dev_size={config.dataset.dev_size}",
+            fix="make dev_rows smaller or dev_size larger",
+        )
+
+
 def _evaluates_the_student(config: PoclConfig) -> bool:
     """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
     return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
+
+
+def may_end_early(config: PoclConfig) -> bool:
+    """Whether stages may end by a rule; a scheduler of a plugin need not know of any."""
+    rule: Convergence | None = getattr(config.curriculum, "convergence", None)
+    return rule is not None and rule.metric is not None
+
+
+def _stages_may_converge(config: PoclConfig) -> Iterator[PoclError]:
+    where = f"curriculum.convergence.metric={config.curriculum.convergence.metric}"
+    if config.train.evaluate_every == 0 or config.dataset.dev_size == 0:
+        yield ConfigError(
+            f"{where} without dev evaluations",
+            why="they decide when a stage ends",
+            fix="set train.evaluate_every and dataset.dev_size above 0, or curriculum.convergence.metric=null",
+        )
+    if config.train.max_steps is not None:
+        yield ConfigError(
+            f"{where} with train.max_steps",
+            why="which stage a stop falls into would depend on when earlier ones converge",
+            fix="set train.max_steps=null and bound the stages with curriculum.epochs_per_stage",
+        )
 
 
 def _teacher_is_measured(config: PoclConfig) -> Iterator[PoclError]:

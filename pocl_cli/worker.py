@@ -63,8 +63,8 @@ def _result(meeting: Meeting, rank: int, job: Job) -> dict[str, object]:
 
     hardware = job.run.config.hardware
     device = set_up_hardware(hardware, rank=rank).device
-    size, timeout_seconds = hardware.num_processes, hardware.timeout_seconds
-    with join(rank, size, meeting.folder, device=device, timeout_seconds=timeout_seconds) as processes:
+    size, seconds, parallel = hardware.num_processes, hardware.timeout_seconds, hardware.parallel
+    with join(rank, size, meeting.folder, device=device, timeout_seconds=seconds, parallel=parallel) as processes:
         return find_part(job.part)(Chain(job.run), job.work, processes)
 
 

@@ -105,6 +105,12 @@ def audit(
     return audits
 
 
+def steps_made(consumed: pa.Table) -> dict[int, int]:
+    """The optimizer steps of every stage, by what was consumed."""
+    pairs = np.unique(np.stack([consumed["stage"].to_numpy(), consumed["step"].to_numpy()]), axis=1)
+    return dict(zip(*(part.tolist() for part in np.unique(pairs[0], return_counts=True)), strict=True))
+
+
 def _expected(table: Sequence[StageRow], global_batch_size: int, drop_last: bool) -> dict[str, IntArray]:
     """Stage, epoch and step of every draw, by the table alone."""
     columns: dict[str, list[IntArray]] = {"stage": [], "epoch": [], "step": []}

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from pocl_cli.curriculum.exposure import balanced
 from pocl_cli.curriculum.ramp import RatioRamp, TemperatureRamp
-from pocl_cli.records import Stage, Subset
+from pocl_cli.records import Convergence, Stage, Subset
 
 
 def _at_least_one(epochs: int | tuple[int, ...]) -> int | tuple[int, ...]:
@@ -24,6 +24,7 @@ def _shown(epochs: int | tuple[int, ...]) -> str:
     return str(list(epochs) if isinstance(epochs, tuple) else epochs)
 
 
+NEVER = Convergence(metric=None, patience=1, min_epochs=1)
 Epochs = Annotated[int | tuple[int, ...], AfterValidator(_at_least_one)]
 
 
@@ -41,6 +42,7 @@ class StagedScheduler(ABC):
         exposure: `epochs`, where a stage sees each of its rows once an epoch; or `balanced` (`exposure.py`).
         restart_optimizer: a stage starts with fresh moments; else with those of the last step before it.
         restart_lr: a stage starts the learning-rate schedule afresh; else one runs through all stages.
+        convergence: a rule by which a stage may end before its last epoch.
     """
 
     needs_partition: ClassVar[bool] = True
@@ -52,12 +54,21 @@ class StagedScheduler(ABC):
     exposure: Literal["epochs", "balanced"] = "epochs"
     restart_optimizer: bool = True
     restart_lr: bool = True
+    convergence: Convergence = NEVER
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs_per_stage, tuple) and len(self.epochs_per_stage) != self.stages:
             raise ValueError(
                 f"epochs_per_stage {_shown(self.epochs_per_stage)} has {len(self.epochs_per_stage)} numbers for"
                 f" {self.stages} stages; give one number for all stages, or a list with one a stage"
+            )
+        given = self.epochs_per_stage
+        if self.convergence.metric is not None and self.convergence.min_epochs > min(
+            given if isinstance(given, tuple) else (given,)
+        ):
+            raise ValueError(
+                f"convergence.min_epochs {self.convergence.min_epochs} is more than epochs_per_stage {_shown(given)},"
+                " which is the most that a stage makes"
             )
         for name, ramp in (("temperature", self.temperature), ("kd_ratio", self.kd_ratio)):
             if ramp.values is not None and len(ramp.values) != self.stages:
@@ -72,8 +83,7 @@ class StagedScheduler(ABC):
 
     def _staged(self, rows_per_stage: Sequence[tuple[str, ...]]) -> list[Stage]:
         """One Stage for the record ids of each."""
-        given = self.epochs_per_stage
-        epochs = given if isinstance(given, tuple) else (given,) * self.stages
+        epochs = given if isinstance(given := self.epochs_per_stage, tuple) else (given,) * self.stages
         temperatures, ratios = self.temperature.over(self.stages), self.kd_ratio.over(self.stages)
         times = balanced(rows_per_stage, epochs) if self.exposure == "balanced" else [None] * self.stages
         return [
@@ -86,6 +96,7 @@ class StagedScheduler(ABC):
                 times=times[index],
                 restart_optimizer=self.restart_optimizer,
                 restart_lr=self.restart_lr,
+                convergence=self.convergence if self.convergence.metric else None,
             )
             for index in range(self.stages)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from pocl_cli.curriculum.learning_rate import learning_rates
@@ -83,6 +83,34 @@ def stage_table(
         )
         for stage, steps, rate in zip(stages, made, rates, strict=True)
     ]
+
+
+def table_as_made(
+    stages: Sequence[Stage],
+    table: Sequence[StageRow],
+    num_steps: Mapping[int, int],
+    *,
+    global_batch_size: int,
+    drop_last: bool,
+) -> list[StageRow]:
+    """The table with the steps that stages made which ended early, as far as their rules allow them to.
+
+    Args:
+        stages: of the run.
+        table: its stage table.
+        num_steps: the optimizer steps that each stage made.
+        global_batch_size: sequences per optimizer step.
+        drop_last: whether partial batches were left out.
+    """
+    made = []
+    for stage, row in zip(stages, table, strict=True):
+        epochs, rest = divmod(
+            num_steps.get(stage.index, 0), steps_per_epoch(row["num_rows"], global_batch_size, drop_last)
+        )
+        rule = stage.convergence
+        early = rule is not None and not rest and rule.min_epochs <= epochs < row["epochs"]
+        made.append(StageRow(**{**row, "epochs": epochs, "steps": num_steps[stage.index]}) if early else row)
+    return made
 
 
 def _limited(full: list[int], max_steps: int | None) -> list[int]:

@@ -56,7 +56,14 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     kept = kept_layers(layers, num_layers)
     if len(kept) == num_layers:
         return model
-    parent, name = _decoder_stack(model, num_layers)
+    found = _decoder_stack(model)
+    if found is None:
+        raise ConfigError(
+            f"student.layers cannot prune a model of type {model.config.model_type!r}",
+            why=f"no list of its {num_layers} decoder layers was found in it",
+            fix="set student.layers to null, or choose another architecture",
+        )
+    parent, name = found
     stack = getattr(parent, name)
     setattr(parent, name, nn.ModuleList([stack[index] for index in kept]))
     for place, layer in enumerate(getattr(parent, name)):
@@ -64,6 +71,12 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     _shorten(_text_config(model.config), kept, num_layers)
     _check_rebuilt(model, kept)
     return model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of `model` in order; none where it keeps them in another way than a list."""
+    found = _decoder_stack(model)
+    return list(getattr(*found)) if found else []
 
 
 def pruned_config(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
@@ -79,22 +92,16 @@ def _text_config(config: PreTrainedConfig) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _decoder_stack(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]:
-    """The module and attribute that hold the decoder layers: the largest list of `num_layers` modules."""
+def _decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
+    """The module and attribute that hold the decoder layers: the largest list of as many modules as it has layers."""
+    num_layers = _text_config(model.config).num_hidden_layers
     found = [
-        (sum(parameter.numel() for parameter in child.parameters()), place, parent, name)
+        (sum(parameter.numel() for parameter in child.parameters()), -place, parent, name)
         for place, parent in enumerate(model.modules())
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == num_layers
     ]
-    if not found:
-        raise ConfigError(
-            f"student.layers cannot prune a model of type {model.config.model_type!r}",
-            why=f"no list of its {num_layers} decoder layers was found in it",
-            fix="set student.layers to null, or choose another architecture",
-        )
-    _, _, parent, name = max(found, key=lambda entry: (entry[0], -entry[1]))
-    return parent, name
+    return max(found, key=lambda entry: entry[:2])[2:] if found else None
 
 
 def _renumber(layer: nn.Module, old: int, new: int) -> None:

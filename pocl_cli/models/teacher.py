@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from pocl_cli.models.batch import Batch
     from pocl_cli.models.head import HeadedModel, OutputHead
@@ -29,6 +30,11 @@ class Teacher(Protocol):
     @property
     def packs(self) -> bool:
         """Whether the teacher reads rows without padding."""
+        ...
+
+    @property
+    def backbone(self) -> PreTrainedModel | None:
+        """The model that every batch is given to; None where batches are looked up."""
         ...
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -59,6 +65,11 @@ class OnlineTeacher:
     def packs(self) -> bool:
         """Whether the teacher reads rows without padding."""
         return self._headed.packs
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The teacher's model."""
+        return self._headed.model
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:

@@ -100,6 +100,7 @@ def follow(outer: Outer, hardware: HardwareConfig) -> NoReturn:
     Raises:
         SystemExit: the first process ended, with its exit code; it has told why.
         PoclError: this process failed by itself.
+        Interrupted: all processes stopped, and the first one tells nothing any more.
     """
     lifeline.die_with_launcher()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
@@ -112,7 +113,7 @@ def follow(outer: Outer, hardware: HardwareConfig) -> NoReturn:
             job = Job.from_json(message["job"])
             try:
                 parts.find_part(job.part)(Chain(job.run), job.work, processes)
-            except PoclError as error:
+            except (PoclError, Interrupted) as error:
                 board.write(f"status-{outer.rank}", json.dumps(status.of_error(error)))
                 get_logger().debug("process %d stopped", outer.rank, exc_info=error)
                 message = _message(board, number, 2 * _SETTLE_SECONDS)
@@ -137,5 +138,6 @@ def _message(board: Board, number: int, timeout_seconds: float = float("inf")) -
 def _joined(outer: Outer, hardware: HardwareConfig) -> Iterator[tuple[Board, Processes]]:
     hardware = parts.launched_hardware(hardware, outer)
     device = set_up_hardware(hardware, rank=outer.local_rank).device
-    with join_launched(outer, device=device, timeout_seconds=hardware.timeout_seconds) as joined:
+    seconds, parallel = hardware.timeout_seconds, hardware.parallel
+    with join_launched(outer, device=device, timeout_seconds=seconds, parallel=parallel) as joined:
         yield joined

@@ -14,6 +14,7 @@ from pocl_cli.records import TokenisedRow
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
+from pocl_cli.validation import may_end_early
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,8 @@ def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record
         min(row["steps"] * config.train.global_batch_size, row["epochs"] * row["num_rows"]) for row in table
     )
     estimates: dict[str, Any] = {"steps": steps, "sequences": sequences}
+    if may_end_early(config):
+        estimates["these are the most"] = "stages may end early (curriculum.convergence)"
     if records is None:
         tokens = sequences * config.dataset.max_tokens
         estimates["tokens at most"] = tokens

@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
-from pocl_cli.curriculum.audit import StageAudit, audit
-from pocl_cli.curriculum.stage_table import StageRow
+from pocl_cli.curriculum.audit import StageAudit, audit, steps_made
+from pocl_cli.curriculum.stage_table import StageRow, table_as_made
 from pocl_cli.errors import ArtifactError
 from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
@@ -111,14 +111,12 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
     figures, consumed = _kept_dev_figures(folder, job.settings.keep_best), []
     if processes.is_first:
-        consumed = audit(
-            pq.read_table(folder / "consumed.parquet"),
-            stages,
-            table,
-            subsets,
-            global_batch_size=config.train.global_batch_size,
-            drop_last=config.train.drop_last,
-        )
+        drawn = pq.read_table(folder / "consumed.parquet")
+        batch_size, drop_last = config.train.global_batch_size, config.train.drop_last
+        num_steps = steps_made(drawn)
+        table = table_as_made(stages, table, num_steps, global_batch_size=batch_size, drop_last=drop_last)
+        durable.write_json(folder / "stages.json", table)
+        consumed = audit(drawn, stages, table, subsets, global_batch_size=batch_size, drop_last=drop_last)
         _write_model(folder, chain, loaded, table, figures)
     processes.barrier()
     return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
@@ -190,8 +188,8 @@ def _job(
         max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
     )
 
-    def evaluate_dev() -> dict[str, float]:
-        return _dev_figures(config, student, loaded, rows, hardware, processes)
+    def evaluate_dev(stage: int) -> dict[str, float]:
+        return _dev_figures(config, student, loaded, rows, hardware, processes, stage)
 
     return TrainingJob(
         student=student,
@@ -212,10 +210,13 @@ def _dev_figures(
     rows: TrainingRows,
     hardware: Hardware,
     processes: Processes,
+    stage: int,
 ) -> dict[str, float]:
-    """Cross entropy and, by generation, ROUGE-L on the dev rows, of which each process measures a share."""
+    """Cross entropy and, by generation, ROUGE-L on the stage's dev rows, of which each process measures a share."""
     assert rows.dev is not None, "no dev rows"
-    places = {record_id: place for place, record_id in enumerate(rows.dev.ids)}
+    limit = config.train.dev_rows
+    ids = rows.dev.ids[: limit[stage] if isinstance(limit, tuple) else limit]
+    places = {record_id: place for place, record_id in enumerate(ids)}
     own = share([rows.dev.row(record_id) for record_id in places], processes.rank, processes.size)
     measured, (answers,) = measure_and_answer(
         student.headed,

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pocl_cli.artifacts.manifest import difference
 from pocl_cli.errors import ArtifactError, NonFiniteError, ResourceError
 from pocl_cli.log import get_logger
 from pocl_cli.paths import confined
-from pocl_cli.training.parallel import num_processes
+from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.state import Best, TrainingState
 
 if TYPE_CHECKING:
@@ -44,11 +45,17 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     method_state: MethodState | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
 
-    `optimizer` is None between stages, where the next stage starts with a fresh one; `method_state` is that of a KD
-    method which evolves.
+    Args:
+        folder: of the checkpoints.
+        state: where the run stands.
+        model: the whole student.
+        optimizer: over its parameters; None between stages, where the next one starts with a fresh one.
+        method_state: that of a KD method which evolves.
+        processes: those that train together, on whom the bytes of the run depend.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
     partial = folder / f".partial-{target.name}"
@@ -61,20 +68,20 @@ def save(
     if method_state:
         durable.write_safetensors(partial / _METHOD_FILE, dict(method_state))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-    record = {"state": state.to_json(), "files": files, "conditions": _conditions(model)}
+    record = {"state": state.to_json(), "files": files, "conditions": _conditions(model, processes)}
     durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
     durable.remove_tree(target)
     durable.rename(partial, target)
     _prune(folder)
 
 
-def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | None:
+def load_newest(folder: Path, model: nn.Module, processes: Processes = ALONE) -> tuple[TrainingState, Path] | None:
     """Loads the newest whole checkpoint into `model`. None where there is no checkpoint at all.
 
     Raises:
         ArtifactError: there are checkpoints, and every one is damaged; or the newest whole one was made with other
-            library versions, on another device or with another number of threads or processes, which would give other
-            bytes.
+            library versions, on another device, or with threads or processes in another number or way, which would
+            give other bytes.
     """
     checkpoints = _checkpoints(folder)
     for path in reversed(checkpoints):
@@ -84,7 +91,7 @@ def load_newest(folder: Path, model: nn.Module) -> tuple[TrainingState, Path] | 
         except _DAMAGES as error:
             get_logger().warning("checkpoint %s is damaged (%s); trying the one before it", path.name, error)
             continue
-        _refuse_other_conditions(path, conditions, _conditions(model))
+        _refuse_other_conditions(path, conditions, _conditions(model, processes))
         load_model_tensors(model, tensors)
         return state, path
     if checkpoints:
@@ -127,13 +134,27 @@ def load_method_state(path: Path, model: nn.Module) -> MethodState:
     return load_file(file, device=str(next(model.parameters()).device))
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Restores the optimizer's moments and step counts from a checkpoint folder."""
+def load_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda parameter, value: value,
+) -> None:
+    """Restores the optimizer's moments and step counts from a checkpoint folder.
+
+    Args:
+        path: of the checkpoint.
+        optimizer: over the parameters of `model`.
+        model: whose names the state was saved under.
+        part: takes of a parameter and a value for the whole of it what the optimizer works on here.
+    """
     tensors = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         slots = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
         if slots:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in slots.items()}
+            optimizer.state[parameter] = {
+                key: part(parameter, value).to(parameter.device, copy=True) for key, value in slots.items()
+            }
 
 
 def save_best(folder: Path, step: int, model: nn.Module) -> str:
@@ -216,7 +237,7 @@ def _check_digest(path: Path, digest: str) -> None:
         raise ValueError(f"{path.name} does not match its sha256")
 
 
-def _conditions(model: nn.Module) -> dict[str, Any]:
+def _conditions(model: nn.Module, processes: Processes) -> dict[str, Any]:
     """What decides the bytes of a run beside its configuration."""
     device = next(model.parameters()).device.type
     return {
@@ -225,7 +246,8 @@ def _conditions(model: nn.Module) -> dict[str, Any]:
         "device": device,
         # Sums are split among threads on the CPU only.
         "num_threads": torch.get_num_threads() if device == "cpu" else None,
-        "num_processes": num_processes(),
+        "num_processes": processes.size,
+        "parallel": processes.parallel,
     }
 
 
@@ -236,8 +258,8 @@ def _refuse_other_conditions(path: Path, before: dict[str, Any], now: dict[str, 
             where=str(path),
             why=f"{', '.join(difference(before, now))}; going on would give other numbers than an undisturbed run",
             fix=(
-                "restore them (hardware.num_threads, hardware.num_processes, hardware.device, teacher.store, the "
-                f"packages), or {_afresh(path.parent)}"
+                "restore them (hardware.num_threads, hardware.num_processes, hardware.parallel, hardware.device, "
+                f"teacher.store, the packages), or {_afresh(path.parent)}"
             ),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +28,8 @@ from pocl_cli.training.journal import Journal, Pace, SilentJournal
 from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import make_optimizer
 from pocl_cli.training.parallel import ALONE, Processes
-from pocl_cli.training.sampler import Sampler, micro_batches, share
+from pocl_cli.training.replica import Replica
+from pocl_cli.training.sampler import Sampler, micro_batches
 from pocl_cli.training.signals import Signals
 from pocl_cli.training.state import Best, TrainingState
 
@@ -62,7 +64,9 @@ class LoopSettings:
 
 @dataclass
 class TrainingJob:
-    """Everything that one run needs. `evaluate_dev` gives the dev figures of the student as it stands (`dev_*`).
+    """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
+
+    It is told the stage's index: the stages may be measured on different numbers of rows.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -73,7 +77,7 @@ class TrainingJob:
     rows: Rows
     settings: LoopSettings
     folder: Path
-    evaluate_dev: Callable[[], dict[str, float]] | None
+    evaluate_dev: Callable[[int], dict[str, float]] | None
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
@@ -94,21 +98,23 @@ def train(job: TrainingJob) -> TrainingState:
     checkpoints = _checkpoints(job)
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
-    found = checkpoint.load_newest(checkpoints, student.backbone)
+    found = checkpoint.load_newest(checkpoints, student.backbone, processes)
     state, resumed_from = found if found else (TrainingState(), None)
     method_state = checkpoint.load_method_state(resumed_from, student.backbone) if resumed_from else {}
     processes.agree_on("the checkpoint to go on from (step, stage)", state.step, state.stage)
+    replica = processes.replica(student)
     journal = Journal(job.folder, state, track=job.track) if processes.is_first else SilentJournal()
     if resumed_from:
         get_logger().info("resuming after step %d (stage %d)", state.step, state.stage)
         job.show(state.step)
     elif job.evaluate_dev is not None:
-        journal.dev_line(job.evaluate_dev(), step=0, stage=0, epoch=0)
+        with replica.whole():
+            journal.dev_line(job.evaluate_dev(0), step=0, stage=0, epoch=0)
 
     rates = learning_rates(job.stages, _schedule_steps(job), start=settings.lr, end=settings.lr_end)
     saved, optimizer, guard = state, None, None
     num_steps = sum(row["steps"] for row in job.table)
-    signals = Signals(catches=processes.is_first)
+    signals = processes.signals()
     try:
         left = slice(state.stage, None)
         for row, stage, rate in zip(job.table[left], job.stages[left], rates[left], strict=True):
@@ -125,7 +131,7 @@ def train(job: TrainingJob) -> TrainingState:
             if optimizer is None or stage.restart_optimizer:
                 optimizer = make_optimizer(student, lr=settings.lr, weight_decay=settings.weight_decay)
             if resumed_from and (state.stage_step or _keeps_optimizer(job, state.stage)):
-                checkpoint.load_optimizer(resumed_from, optimizer, student.backbone)
+                checkpoint.load_optimizer(resumed_from, optimizer, student.backbone, replica.part)
             if not state.stage_step:
                 get_logger().info(
                     "stage %d: %d rows, %d steps, temperature %.4g, kd_ratio %.4g",
@@ -133,10 +139,16 @@ def train(job: TrainingJob) -> TrainingState:
                 )  # fmt: skip
             guard = FiniteGuard(stage, sampler, optimizer, first_step=state.step - state.stage_step + 1)
             if state.dev_due:
-                state = _evaluate_dev(job, journal, state, stage, sampler, signals)
+                state = _evaluate_dev(job, replica, journal, state, stage, sampler, signals)
 
+            before = sum(one["steps"] for one in job.table[: state.stage])
             waited = _Waited(state)
             for stage_step in range(state.stage_step, row["steps"]):
+                if state.converged:
+                    get_logger().info("stage %d has converged after %d steps", stage.index, stage_step)
+                    job.show(row["steps"] - stage_step)
+                    break
+
                 # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
                 torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                 lr = rate.at(stage_step)
@@ -146,18 +158,18 @@ def train(job: TrainingJob) -> TrainingState:
                 record_ids = sampler.global_batch(stage_step)
                 rows = [job.rows.row(record_id) for record_id in record_ids]
                 num_tokens = sum(len(one.response_ids) for one in rows)
-                student.train()
+                replica.module.train()
                 optimizer.zero_grad(set_to_none=True)
-                method = for_step(student.method, state.step / num_steps, method_state)
+                method = for_step(student.method, (before + stage_step) / num_steps, method_state)
                 with signals.at_once():
-                    loss, ce, kd = _accumulate(job, rows, stage, method, num_tokens)
-                grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
+                    loss, ce, kd = _accumulate(job, replica, rows, stage, method, num_tokens)
+                grad_norm = replica.clip_gradients(settings.grad_clip)
                 guard.step(stage_step, loss, grad_norm)
 
                 state = replace(
                     state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
                 )
-                method_state = after_step(student.method, state.step / num_steps, method_state, kd)
+                method_state = after_step(student.method, (before + stage_step + 1) / num_steps, method_state, kd)
 
                 # ── log ───────────────────────────────────────────────────────────────────────────────────────────
                 epoch, last = sampler.epoch(stage_step), stage_step + 1 == row["steps"]
@@ -189,22 +201,23 @@ def train(job: TrainingJob) -> TrainingState:
                 if job.evaluate_dev is not None and epoch_ends and due:
                     guard.refuse()
                     state = replace(state, dev_due=True)
-                    state = _evaluate_dev(job, journal, state, stage, sampler, signals)
+                    state = _evaluate_dev(job, replica, journal, state, stage, sampler, signals)
                     waited = _Waited(state, note=waited.note)
 
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
                 if not last and state.step % settings.checkpoint_every == 0:
                     guard.refuse()
-                    state = saved = _save(job, journal, state, method_state, optimizer)
+                    state = saved = _save(job, replica, journal, state, method_state, optimizer)
                     waited = _Waited(state, note=waited.note)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
-                checkpoint.load_best(checkpoints, state.best, student.backbone)
+                with replica.whole(changes=True):
+                    checkpoint.load_best(checkpoints, state.best, student.backbone)
                 processes.barrier()  # the next checkpoint removes what has now been read
-            state = replace(state, stage=stage.index + 1, stage_step=0, best=None)
+            state = state.next_stage()
             kept = optimizer if _keeps_optimizer(job, state.stage) else None
-            state = saved = _save(job, journal, state, method_state, kept)
+            state = saved = _save(job, replica, journal, state, method_state, kept)
             resumed_from = None
         if signals.pending is not None:
             raise signals.pending
@@ -213,11 +226,12 @@ def train(job: TrainingJob) -> TrainingState:
         if state != saved:
             if guard is not None:
                 guard.refuse()
-            _save(job, journal, state, method_state, optimizer)
+            _save(job, replica, journal, state, method_state, optimizer)
         raise
     finally:
         signals.release()
     journal.close()
+    replica.make_whole()
     return state
 
 
@@ -249,7 +263,7 @@ def _keeps_optimizer(job: TrainingJob, index: int) -> bool:
 
 
 def _accumulate(
-    job: TrainingJob, rows: Sequence[TokenisedRow], stage: Stage, method: KDMethod, num_tokens: int
+    job: TrainingJob, replica: Replica, rows: Sequence[TokenisedRow], stage: Stage, method: KDMethod, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward and backward over a global batch, each process over its share; loss, CE and KD per response token of it.
 
@@ -259,38 +273,44 @@ def _accumulate(
     # MPS has no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     totals = torch.zeros(3, dtype=dtype, device=device)
-    own = share(rows, job.processes.rank, job.processes.size)
-    for group in micro_batches(own, job.settings.max_tokens_per_micro_batch, packs=job.student.packs):
-        output = job.student(
+    split = partial(micro_batches, max_tokens=job.settings.max_tokens_per_micro_batch, packs=job.student.packs)
+    for group in replica.micro_batches(rows, split):
+        output = replica.add_gradients(
             collate(group),
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             normaliser=max(num_tokens, 1),
             method=method,
         )
-        output.loss.backward()
         ce, kd = output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1)
         totals += torch.stack([output.loss.detach(), ce, kd])
-    job.processes.sum_gradients(job.student.parameters())
+    replica.sum_gradients()
     loss, ce, kd = job.processes.sum(totals)
     return loss, ce, kd
 
 
 def _evaluate_dev(
-    job: TrainingJob, journal: Journal, state: TrainingState, stage: Stage, sampler: Sampler, signals: Signals
+    job: TrainingJob,
+    replica: Replica,
+    journal: Journal,
+    state: TrainingState,
+    stage: Stage,
+    sampler: Sampler,
+    signals: Signals,
 ) -> TrainingState:
     """Evaluates the student on the dev rows; saves it where it beats the stage's best so far."""
     assert job.evaluate_dev is not None, "an evaluation is due only where there is one"
-    with signals.at_once():
-        figures = job.evaluate_dev()
-    epoch = sampler.epoch(state.stage_step - 1) + 1
-    journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
-    state = replace(state, dev_due=False)
-    if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
-        return state
-    written = (
-        checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
-    )
+    with replica.whole():
+        with signals.at_once():
+            figures = job.evaluate_dev(stage.index)
+        epoch = sampler.epoch(state.stage_step - 1) + 1
+        journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
+        state = replace(state, dev_due=False).after(figures, stage.convergence, epoch)
+        if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
+            return state
+        written = (
+            checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
+        )
     job.processes.barrier()
     sha256 = written or checkpoint.best_sha256(_checkpoints(job), state.step)
     return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))
@@ -298,6 +318,7 @@ def _evaluate_dev(
 
 def _save(
     job: TrainingJob,
+    replica: Replica,
     journal: Journal,
     state: TrainingState,
     method_state: MethodState,
@@ -305,8 +326,11 @@ def _save(
 ) -> TrainingState:
     """Makes all lines durable, then the checkpoint that counts them; the state as it was saved."""
     state = replace(state, metrics_bytes=journal.flush(state.step))
-    if job.processes.is_first:
-        checkpoint.save(_checkpoints(job), state, job.student.backbone, optimizer, method_state)
+    with replica.whole(optimizer):
+        if job.processes.is_first:
+            checkpoint.save(
+                _checkpoints(job), state, job.student.backbone, optimizer, method_state, processes=job.processes
+            )
     return state
 
 

@@ -1,14 +1,13 @@
 """The processes that train one student together: who they are, and how what each of them has becomes one sum.
 
-Every process holds the whole student and knows every global batch. It works on its share of one, then gradients are
-summed, so all of them make the same optimizer step. Nothing but sums passes between processes.
+Every process knows every global batch and works on its share of it, so all of them make the same optimizer step.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from pocl_cli.errors import WorkerError
+from pocl_cli.training.replica import Replica, SummedReplica
+from pocl_cli.training.signals import JointSignals, Signals
 
 if TYPE_CHECKING:
     from pocl_cli.processes.outer import Outer
-
-# Gradients are summed in groups of so many bytes: fewer calls than parameters, little memory beside the gradients.
-BUCKET_BYTES = 2**25
+    from pocl_cli.training.student import StudentWithObjective
 
 
 class Processes:
@@ -36,11 +35,13 @@ class Processes:
         rank: which process this is, from 0.
         size: how many there are.
         local_rank: which process of its machine this is, from 0.
+        parallel: how they train together, as `hardware.parallel` names it.
     """
 
     rank = 0
     size = 1
     local_rank = 0
+    parallel = "none"
 
     @property
     def is_first(self) -> bool:
@@ -52,12 +53,21 @@ class Processes:
         """What sets this process's random streams apart; nothing in the first, which draws as one process does."""
         return (self.rank,) if self.rank else ()
 
+    def replica(self, student: StudentWithObjective) -> Replica:
+        """The student as this process trains it."""
+        return Replica(student, self)
+
+    def signals(self) -> Signals:
+        """Catches signals as these processes heed them."""
+        return Signals(catches=self.is_first)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's `values`; the same bits in each. Raises WorkerError where one is gone."""
         return values
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Makes each gradient the sum of every process's. Raises WorkerError where a process is gone."""
+    def largest(self, value: int) -> int:
+        """The largest `value` of any process; no device is waited for. Raises WorkerError where one is gone."""
+        return value
 
     def barrier(self) -> None:
         """Waits until all processes are here. Raises WorkerError where one is gone."""
@@ -70,31 +80,27 @@ ALONE = Processes()
 
 
 class ProcessGroup(Processes):
-    """One of several processes, made by `join` or `join_launched`."""
+    """One of several processes, made by `join` or `join_launched`. Each holds the whole student and sums gradients."""
+
+    parallel = "ddp"
 
     def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
         self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
-        self._trained: list[nn.Parameter] | None = None
+
+    def replica(self, student: StudentWithObjective) -> Replica:
+        return SummedReplica(student, self)
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.detach().to(self.device, copy=True)
-        with _in_touch():
+        with in_touch():
             dist.all_reduce(total)
         return total.to(values.device)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        if self._trained is None:
-            self._trained = self._with_gradient(list(parameters))
-        for parameter in self._trained:
-            if parameter.grad is None:  # this process had no row
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in self._trained if parameter.grad is not None]):
-            # The places in a bucket are the same in every step of every run: the order of additions may depend on them.
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            with _in_touch():
-                dist.all_reduce(flat)
-            for gradient, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+    def largest(self, value: int) -> int:
+        largest = torch.tensor(value)
+        with in_touch():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1)).item()
@@ -108,14 +114,30 @@ class ProcessGroup(Processes):
                 f"the processes disagree about {what}", why=f"they have {table.tolist()}", fix="run the command again"
             )
 
-    def _with_gradient(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters that have a gradient in any process: the others stay as they are, as with one process."""
-        flags = self.sum(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
-        return [parameter for parameter, flag in zip(parameters, flags.tolist(), strict=True) if flag]
+
+class ShardingGroup(ProcessGroup):
+    """One of several processes of which each keeps a part of the student, its gradients and its optimizer's state."""
+
+    parallel = "fsdp"
+
+    def replica(self, student: StudentWithObjective) -> Replica:
+        # Importing torch's fully_shard takes a second.
+        from pocl_cli.training.sharded import ShardedReplica
+
+        return ShardedReplica(student, self, self.device)
+
+    def signals(self) -> Signals:
+        # No process has the whole state by itself: all of them save it together.
+        return JointSignals(catches=self.is_first, largest=self.largest)
+
+
+_GROUPS = {kind.parallel: kind for kind in (ProcessGroup, ShardingGroup)}
 
 
 @contextmanager
-def join(rank: int, size: int, folder: Path, *, device: torch.device, timeout_seconds: float) -> Iterator[ProcessGroup]:
+def join(
+    rank: int, size: int, folder: Path, *, device: torch.device, timeout_seconds: float, parallel: str = "ddp"
+) -> Iterator[ProcessGroup]:
     """Meets the other processes of this machine through a file in `folder`; nothing listens beyond loopback.
 
     Args:
@@ -124,15 +146,16 @@ def join(rank: int, size: int, folder: Path, *, device: torch.device, timeout_se
         folder: a private one, new for each meeting.
         device: of this process.
         timeout_seconds: how long to wait for another process, now and in every sum.
+        parallel: `ddp` for the whole student in each, `fsdp` for a part of it in each.
 
     Raises:
         WorkerError: a process does not come in time.
     """
     _bind_to_loopback()
-    with _in_touch():
+    with in_touch():
         store = FileStore(str(folder / "rendezvous"), size)
     with _grouped(store, rank, size, device, timeout_seconds):
-        yield ProcessGroup(rank, size, rank, device)
+        yield _GROUPS[parallel](rank, size, rank, device)
 
 
 class Board:
@@ -143,18 +166,18 @@ class Board:
 
     def write(self, name: str, text: str) -> None:
         """Raises WorkerError where the process that keeps the board is gone."""
-        with _in_touch():
+        with in_touch():
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
         """None where nothing has been written. Raises WorkerError where the process that keeps the board is gone."""
-        with _in_touch():
+        with in_touch():
             return self._store.get(name).decode() if self._store.check([name]) else None
 
 
 @contextmanager
 def join_launched(
-    outer: Outer, *, device: torch.device, timeout_seconds: float
+    outer: Outer, *, device: torch.device, timeout_seconds: float, parallel: str = "ddp"
 ) -> Iterator[tuple[Board, ProcessGroup]]:
     """Meets the other processes that a launcher started, where it says (`MASTER_ADDR` and `MASTER_PORT`).
 
@@ -164,11 +187,11 @@ def join_launched(
         _bind_to_loopback()
     os.environ.update(RANK=str(outer.rank), WORLD_SIZE=str(outer.size))
     os.environ.setdefault("MASTER_PORT", "29500")
-    with _in_touch():
+    with in_touch():
         meeting = rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))
         store, rank, size = next(iter(meeting))
     with _grouped(PrefixStore("group", store), rank, size, device, timeout_seconds):
-        yield Board(store), ProcessGroup(rank, size, outer.local_rank, device)
+        yield Board(store), _GROUPS[parallel](rank, size, outer.local_rank, device)
 
 
 def _bind_to_loopback() -> None:
@@ -181,39 +204,28 @@ def _grouped(store: Store, rank: int, size: int, device: torch.device, timeout_s
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with _in_touch():
+    with in_touch():
         store.set_timeout(timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     yield
     dist.destroy_process_group()
 
 
-def num_processes() -> int:
-    """How many processes train together with this one, itself among them."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 @contextmanager
-def _in_touch() -> Iterator[None]:
-    """Around what needs the other processes: torch says by a RuntimeError that one is gone, or has not answered."""
+def in_touch(*, computes: bool = False) -> Iterator[None]:
+    """Around what needs the other processes. Raises WorkerError where one is gone, or has not answered.
+
+    Torch says so by a RuntimeError; where something is computed as well (`computes`), there are others too.
+    """
     try:
         yield
     except RuntimeError as error:
+        # Gloo has no error class of its own; its messages begin with the place in its source.
+        if computes and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         raise WorkerError(
             "another worker process is gone or does not answer",
             why=str(error).split("\n", 1)[0],
             fix="the same command goes on from the last checkpoint",
         ) from error
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours together, up to `BUCKET_BYTES`; a larger one is by itself."""
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        if bucket and sum(one.nbytes for one in bucket) + gradient.nbytes > BUCKET_BYTES:
-            yield bucket
-            bucket = []
-        bucket.append(gradient)
-    if bucket:
-        yield bucket

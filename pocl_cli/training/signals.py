@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -54,11 +54,37 @@ class Signals:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.pending = Interrupted(
-            "interrupted",
-            why=f"{signal.Signals(number).name}; all finished steps are saved",
-            fix="the same command goes on from there",
-            exit_code=128 + number,
-        )
+        self.pending = _interrupted(number)
         if self._at_once:
             raise self.pending
+
+
+class JointSignals(Signals):
+    """Those of processes that can only save together: the work under way is finished, then all of them stop.
+
+    Args:
+        catches: as for `Signals`.
+        largest: gives the largest number that any of the processes passes to it.
+    """
+
+    def __init__(self, *, catches: bool, largest: Callable[[int], int]) -> None:
+        super().__init__(catches=catches)
+        self._largest = largest
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """As in `Signals`, but a signal that comes meanwhile is heeded when all processes are here the next time."""
+        number = self._largest(0 if self.pending is None else self.pending.exit_code - 128)
+        if number:
+            self.pending = _interrupted(number)
+            raise self.pending
+        yield
+
+
+def _interrupted(number: int) -> Interrupted:
+    return Interrupted(
+        "interrupted",
+        why=f"{signal.Signals(number).name}; all finished steps are saved",
+        fix="the same command goes on from there",
+        exit_code=128 + number,
+    )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocl_cli.records import Convergence
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class TrainingState:
         metrics_bytes: size of metrics.jsonl when the state was saved.
         best: the current stage's best state, where the best one is handed on.
         dev_due: the dev evaluation after the last step was given up and comes next.
+        watched: the best value in the current stage of the figure by which it may end early.
+        stale: dev evaluations since then.
+        converged: the current stage ends here.
     """
 
     step: int = 0
@@ -46,6 +52,24 @@ class TrainingState:
     metrics_bytes: int = 0
     best: Best | None = None
     dev_due: bool = False
+    watched: float | None = None
+    stale: int = 0
+    converged: bool = False
+
+    def after(self, figures: Mapping[str, float], rule: Convergence | None, num_epochs: int) -> TrainingState:
+        """The state after a dev evaluation at the end of the stage's `num_epochs`-th epoch: it may have converged."""
+        if rule is None or rule.metric is None:
+            return self
+        value = figures[rule.metric]
+        better = max if rule.metric == "dev_rouge_l" else min
+        improved = self.watched is None or (value != self.watched and better(value, self.watched) == value)
+        stale = 0 if improved else self.stale + 1
+        converged = stale >= rule.patience and num_epochs >= rule.min_epochs
+        return replace(self, watched=value if improved else self.watched, stale=stale, converged=converged)
+
+    def next_stage(self) -> TrainingState:
+        """The state at the start of the next stage."""
+        return TrainingState(self.step, self.stage + 1, 0, self.num_tokens, self.metrics_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

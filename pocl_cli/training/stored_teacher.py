@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.log import get_logger
@@ -81,6 +82,8 @@ class StoredTeacher:
     ) -> None:
         self._signals, self._head, self._load, self._hardware = signals, head, load, hardware
         self._online = online if signals.num_missing else None
+        assert isinstance(head.projection, nn.Linear), "only a plain head is stored"
+        self._hidden_size = head.projection.in_features
         self.asked, self.computed = Tokens(), Tokens()
         get_logger().info(
             "the teacher's signals: %d of %d shards are stored; a shard is added when one of its rows is first needed",
@@ -103,6 +106,11 @@ class StoredTeacher:
         """True: what is read from the disk has no padding, and what is computed has batches of its own."""
         return True
 
+    @property
+    def backbone(self) -> None:
+        """None: missing shards are computed by whichever process needs them, and by no other."""
+        return None
+
     def savings(self) -> str:
         """How many of the tokens that were asked for needed no forward pass, for a log."""
         response, total = (max(0, asked - ran) for asked, ran in zip(self.asked, self.computed, strict=True))
@@ -117,6 +125,8 @@ class StoredTeacher:
             NonFiniteError: the teacher gives a hidden state that is not finite; it is not stored.
             ResourceError: a shard cannot be written.
         """
+        if not batch.num_response_tokens:  # no record: it keeps this process in step with others that have rows left
+            return torch.empty(0, self._hidden_size, device=batch.targets_N.device)
         hidden_NE = torch.cat([self._signals.row(row_id, self._compute) for row_id in batch.ids])
         assert len(hidden_NE) == batch.num_response_tokens, "a batch holds whole rows of the store"
         self.asked = Tokens(

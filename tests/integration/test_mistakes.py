@@ -108,7 +108,7 @@ MISTAKES = [
     Mistake("unknown device", ("distill", "hardware.device=gpu"), 2, ("devices are auto, cpu, mps, cuda and cuda:N",)),
     Mistake("too few epochs", ("distill", "curriculum.epochs_per_stage=[1,2]"), 2, ("2 numbers for 4 stages",)),
     Mistake("distillation without teacher", ("distill", "teacher=none"), 2, ("needs a teacher", "kd_method=sft")),
-    Mistake("a plan of another step", ("score", "plan=true"), 2, ("only distill has a plan", "pocl distill plan=true")),
+    Mistake("a plan of another step", ("score", "plan=true"), 2, ("only distill and compare", "distill plan=true")),
     Mistake("mistyped test set", ("evaluate", "evaluation.datasets=[doly_eval]"), 2, ("did you mean 'dolly_eval'?",)),
     Mistake("no row is left", ("score", "dataset.limit=10", "dataset.dev_size=10"), 2, ("takes all of", "dev_size=0")),
     Mistake("code in an override", ("distill", "+kd_method._target_=os.system"), 9, ("kd_method._target_",)),

@@ -17,7 +17,7 @@ import pytest
 from pocl_cli.difficulty.random import Random
 from pocl_cli.records import Record
 from pocl_cli.run import Run
-from pocl_cli.steps import partition, plan
+from pocl_cli.steps import partition, stages
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.score import SCORES
 
@@ -125,7 +125,7 @@ def test_partition_when_borders_are_given_then_equal_rows_stay_together_and_the_
     summary = json.loads((artifact.path / "summary.json").read_text(encoding="utf-8"))
     assert summary["hardest"] == [number / 8 for number in sizes]
     assert [one["num_rows"] for one in summary["subsets"]] == found
-    assert plan._parts(Chain(run), 80) == [range(s, e) for s, e in zip([0, *ends], ends, strict=False)]
+    assert stages._parts(Chain(run), 80) == [range(s, e) for s, e in zip([0, *ends], ends, strict=False)]
 
 
 def test_partition_when_the_row_groups_are_others_then_the_bytes_are_the_same(tmp_path: Path) -> None:

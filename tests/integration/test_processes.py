@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ..support.command import Finished, Running, run_pocl, start_pocl
 from ..support.folders import memory_folder
@@ -169,6 +170,27 @@ def test_run_when_interrupted_or_stopped_then_says_so_and_goes_on_with_as_many_p
     assert promised_hashes(place.folder / finished.stdout.strip()) == promised_hashes(undisturbed.together)
 
 
+def test_processes_when_each_has_a_part_of_the_student_then_stop_together_and_end_with_the_numbers_of_one(
+    place: Place, undisturbed: Undisturbed
+) -> None:
+    in_parts = "hardware.parallel=fsdp"
+    finished = disturbed(place, "parts", lambda pids: os.kill(pids["command"], signal.SIGTERM), in_parts)
+    assert finished.exit_code == 143, finished.stderr
+    assert "all finished steps are saved" in finished.errors[0]
+    assert 0 < place.step("parts") < 120
+
+    finished = place.run("parts", *TWO, in_parts)
+    assert finished.exit_code == 0, finished.stderr
+    parts = place.folder / finished.stdout.strip()
+    assert parts.name == undisturbed.alone.name
+    for one, other in list(zip(lines(parts), lines(undisturbed.alone), strict=True))[:24]:
+        assert one == pytest.approx(other, rel=1e-5)
+    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (parts, undisturbed.alone))
+    assert {name: (one.shape, one.dtype) for name, one in weights.items()} == {
+        name: (one.shape, one.dtype) for name, one in expected.items()
+    }
+
+
 def test_worker_when_its_training_is_not_finite_then_its_own_error_is_what_the_command_shows(place: Place) -> None:
     finished = place.run("infinite", *TWO, "train.lr=1e30", "train.lr_end=0")
     assert finished.exit_code == 7
@@ -177,9 +199,9 @@ def test_worker_when_its_training_is_not_finite_then_its_own_error_is_what_the_c
     assert "records" in finished.errors[0]
 
 
-def disturbed(place: Place, outputs: str, disturb: Callable[[dict[str, int]], object]) -> Finished:
+def disturbed(place: Place, outputs: str, disturb: Callable[[dict[str, int]], object], *changes: str) -> Finished:
     """A run in two processes that something happens to some steps after its start; none of its processes is left."""
-    running = place.start(outputs, *TWO)
+    running = place.start(outputs, *TWO, *changes)
     before, pids, whole = place.step(outputs), dict[str, int](), set[int]()
 
     def wait_for_steps() -> None:

@@ -21,6 +21,7 @@ import torch
 from pocl_cli import faults
 from pocl_cli.artifacts.hashing import sha256_file
 from pocl_cli.errors import ArtifactError
+from pocl_cli.records import Convergence
 from pocl_cli.run import Run
 from pocl_cli.steps import partition
 from pocl_cli.trackers import TrackerRun
@@ -120,6 +121,23 @@ def test_loop_when_the_next_stage_keeps_the_optimizer_then_ends_in_the_same_byte
         with suppress(Aborted):
             train(replace(job, show=abort_after(step)))
         again = small_job(tmp_path / str(step), stages=kept, checkpoint_every=checkpoint_every)
+        assert result(tmp_path / str(step), again) == undisturbed, f"aborted after step {step}"
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_loop_when_stages_end_early_then_ends_in_the_same_bytes(tmp_path, checkpoint_every):
+    rule = Convergence(metric="dev_rouge_l", patience=1, min_epochs=1)
+    stages = [replace(stage, convergence=rule) for stage in two_stages(toy_rows(8), epochs=6)]
+    undisturbed = result(tmp_path / "undisturbed", small_job(tmp_path / "undisturbed", stages=stages))
+    steps = [line["step"] for line in train_lines(tmp_path / "undisturbed")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) < sum(row["steps"] for row in small_job(tmp_path, stages=stages).table)
+
+    for step in steps:
+        job = small_job(tmp_path / str(step), stages=stages, checkpoint_every=checkpoint_every)
+        with suppress(Aborted):
+            train(replace(job, show=abort_after(step)))
+        again = small_job(tmp_path / str(step), stages=stages, checkpoint_every=checkpoint_every)
         assert result(tmp_path / str(step), again) == undisturbed, f"aborted after step {step}"
 
 

@@ -135,6 +135,24 @@ def test_curriculum_when_any_is_run_then_it_passes_its_audit(place, curriculum, 
     assert [stage["steps"] for stage in artifact.manifest.audit or []] == [row["steps"] for row in stages_of(artifact)]
 
 
+def test_stage_table_when_a_stage_converged_then_is_what_was_trained(place):
+    words = ["curriculum.epochs_per_stage=6", "curriculum.convergence.metric=dev_cross_entropy", "train.lr=0.5"]
+    words += ["curriculum.convergence.patience=1", "train.lr_end=0.5", "train.seed=3"]
+
+    artifact = distilled(compose([*recipe(place / "inputs", place / "outputs"), *words]))
+
+    table = stages_of(artifact)
+    assert [row["steps"] for row in artifact.manifest.audit or []] == [row["steps"] for row in table]
+    assert sum(row["epochs"] for row in table) < 12
+    for row in table:
+        assert row["steps"] == row["epochs"] * {0: 4, 1: 8}[row["stage"]]
+        of_stage = [line for line in dev_lines(artifact.path) if line["stage"] == row["stage"] and line["step"]]
+        figures = [line["dev_cross_entropy"] for line in of_stage]
+        assert len(figures) == row["epochs"]
+        assert row["epochs"] == 6 or figures[-1] >= min(figures[:-1])
+        assert figures[:-1] == sorted(figures[:-1], reverse=True)
+
+
 def test_dev_lines_when_written_then_have_their_own_names_and_no_dev_row_is_trained_on(distil, run):
     artifact = distil()
 
@@ -228,6 +246,17 @@ def test_run_when_partial_batches_are_dropped_then_makes_whole_ones_only(distil)
     assert [row["steps"] for row in stages_of(artifact)] == [4, 8]
     steps = [row["step"] for row in read_consumed(artifact.path)]
     assert {steps.count(step) for step in steps} == {5}
+
+
+def test_dev_figures_when_a_stage_has_fewer_dev_rows_then_are_those_of_the_first_ones_and_training_is_the_same(distil):
+    whole = distil(checkpoint_policy="last")
+    fewer, one = (distil(checkpoint_policy="last", dev_rows=dev_rows) for dev_rows in ((6, 1), 1))
+
+    of_whole, of_fewer, of_one = (dev_lines(artifact.path) for artifact in (whole, fewer, one))
+    assert [line["stage"] for line in of_fewer] == [0, 0, 0, 1, 1]
+    assert of_fewer == [*of_whole[:3], *of_one[3:]]
+    assert of_one[3]["dev_cross_entropy"] != of_whole[3]["dev_cross_entropy"]
+    assert train_lines(fewer.path) == train_lines(whole.path)
 
 
 # ── what decides the numbers, and what does not ───────────────────────────────────────────────────────────────────

@@ -74,7 +74,7 @@ class Trial:
         act: what a user does with it.
         exit_code: of that.
         part: words of its message, or of what it gives.
-        live: reads it carelessly: makes the canary, or says by True that it would lead outside.
+        live: reads it carelessly, which makes the canary; or looks at it.
         env: variables that are set.
     """
 
@@ -83,7 +83,7 @@ class Trial:
     act: Callable[[Case], object]
     exit_code: int
     part: str
-    live: Callable[[Case], object]
+    live: Callable[[Case], object] | Seen
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -187,14 +187,21 @@ def link_in_artifact(case: Case) -> None:
     (folder / "model" / "more.json").symlink_to(case.site.outside / "x")
 
 
-def leads_outside(path: str) -> Callable[[Case], bool]:
+@dataclass(frozen=True)
+class Seen:
+    """A payload that only has to be looked at: `test` says whether it is live."""
+
+    test: Callable[[Case], bool]
+
+
+def leads_outside(path: str) -> Seen:
     """Whether somebody who follows `path` from the working folder ends outside of it."""
-    return lambda case: not Path(os.path.realpath(case.work / path)).is_relative_to(case.work)
+    return Seen(lambda case: not Path(os.path.realpath(case.work / path)).is_relative_to(case.work))
 
 
-def holds(text: str) -> Callable[[Case], bool]:
+def holds(text: str) -> Seen:
     """What is planted are words: whether they are hostile ones is seen."""
-    return lambda case: bool(text)
+    return Seen(lambda case: bool(text))
 
 
 def secret_model(case: Case) -> None:
@@ -332,7 +339,7 @@ PICKLES_ALLOWED = [
 ]
 SAFETENSORS = [
     *(
-        Trial(f"safetensors {name}", header(length, **tensors), load(), 4, "cannot load the weights", claims_more)
+        Trial(f"safetensors {name}", header(length, **tensors), load(), 4, "cannot load the weights", Seen(claims_more))
         for name, length, tensors in [
             ("whose header is endless", 2**62, {}),
             ("whose header is longer than the file", 4096, {}),
@@ -462,7 +469,7 @@ SETTINGS = [
         load(),
         4,
         "cannot read config.json",
-        lambda case: len((case.model / "config.json").read_text()) > 10**5,
+        Seen(lambda case: len((case.model / "config.json").read_text()) > 10**5),
     ),
     Trial("a link to a secret", secret_model, load(), 4, "cannot read config.json", leads_outside("model/config.json")),
     Trial(
@@ -591,7 +598,7 @@ DATA = [
         rows(path="rows.jsonl"),
         3,
         "bad JSON",
-        lambda case: (case.work / "rows.jsonl").stat().st_size > 10**6,
+        Seen(lambda case: (case.work / "rows.jsonl").stat().st_size > 10**6),
     ),
     *(
         Trial(
@@ -600,7 +607,7 @@ DATA = [
             rows(path=name),
             9,
             "unpacks to more than",
-            lambda case, name=name: (case.work / name).stat().st_size < 2**20,
+            Seen(lambda case, name=name: (case.work / name).stat().st_size < 2**20),
         )
         for name, line in [("rows.jsonl.gz", True), ("rows.json.gz", False)]
     ),
@@ -610,7 +617,7 @@ DATA = [
         show_rows,
         0,
         "<script>",
-        lambda case: "\x1b" in json.loads((case.work / "rows.jsonl").read_text().splitlines()[0])["instruction"],
+        Seen(lambda case: "\x1b" in json.loads((case.work / "rows.jsonl").read_text().splitlines()[0])["instruction"]),
     ),
 ]
 OVERRIDES = [
@@ -693,7 +700,7 @@ NAMES = [
         pocl("partition", "dataset=local", "dataset.name=/etc/x", "dataset.path=rows.jsonl"),
         2,
         "a name",
-        lambda case: Path("outputs") / "/etc/x" == Path("/etc/x"),
+        Seen(lambda case: Path("outputs") / "/etc/x" == Path("/etc/x")),
     ),
     Trial(
         "a student named outside",
@@ -855,8 +862,13 @@ def test_command_when_something_hostile_is_given_then_nothing_runs_and_nothing_l
 @every_trial
 def test_payload_when_it_is_read_carelessly_then_it_is_live(trial: Trial, case: Case) -> None:
     planted(trial, case)
-    outcome = watched(case.site, lambda: trial.live(case), trial.env)
-    assert case.site.canary.exists() or outcome.value is True, outcome.stderr
+    live = trial.live
+    if isinstance(live, Seen):
+        assert live.test(case)
+        return
+    outcome = watched(case.site, lambda: live(case), trial.env)
+    assert case.site.canary.exists(), outcome.stderr
+    assert outcome.incidents != []
 
 
 def test_trials_when_counted_then_there_are_at_least_sixty_with_names_of_their_own() -> None:

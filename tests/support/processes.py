@@ -48,7 +48,12 @@ def die_at_operation(n: int) -> None:
 
 
 def in_processes(
-    size: int, folder: Path, action: Callable[[Processes], object], *, timeout_seconds: float = 30
+    size: int,
+    folder: Path,
+    action: Callable[[Processes], object],
+    *,
+    timeout_seconds: float = 30,
+    parallel: str = "ddp",
 ) -> None:
     """Runs `action` in `size` forked processes that train together; all must come to its end."""
     if torch.cuda.is_available():
@@ -61,7 +66,10 @@ def in_processes(
         if pid == 0:
             code = 1
             try:
-                with join(rank, size, meeting, device=torch.device("cpu"), timeout_seconds=timeout_seconds) as joined:
+                device = torch.device("cpu")
+                with join(
+                    rank, size, meeting, device=device, timeout_seconds=timeout_seconds, parallel=parallel
+                ) as joined:
                     action(joined)
                 code = 0
             except BaseException:

@@ -171,7 +171,7 @@ def make_job(
         rows=RowsById(rows),
         settings=chosen,
         folder=folder,
-        evaluate_dev=(lambda: dev_figures(student)) if evaluates else None,
+        evaluate_dev=(lambda stage: dev_figures(student)) if evaluates else None,
         track=track,
     )
 

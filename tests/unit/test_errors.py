@@ -7,7 +7,7 @@ import pytest
 from pocl_cli import errors
 from pocl_cli.errors import ConfigError, Interrupted, PoclError, nearest, printable
 
-# The exit codes of the README. 0, 1, 8, 130 and 143 have no class here.
+# The exit codes of the README. 0, 1, 130 and 143 have no class here.
 EXIT_CODES = {
     "ConfigError": 2,
     "DataError": 3,
@@ -15,6 +15,7 @@ EXIT_CODES = {
     "ResourceError": 5,
     "LockedError": 6,
     "NonFiniteError": 7,
+    "WorkerError": 8,
     "SecurityError": 9,
     "PoclError": 70,
 }

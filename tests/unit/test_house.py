@@ -33,8 +33,8 @@ RUNS_CODE = {
     *("eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
     *("pd.read_pickle", "pandas.read_pickle", "torch.jit.load", "runpy.run_path", "runpy.run_module", "os.system"),
 }
-# An internal bug ends here as one line and exit 70.
-LAST_RESORT = "cli.py"
+# An internal bug ends in `cli` as one line and exit 70; `training.signals` raises again all but what a signal caused.
+CATCH_ALL_ONCE = {"cli.py", "training/signals.py"}
 CATCHES_ALL = "catches every exception"
 
 
@@ -109,7 +109,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 @pytest.mark.parametrize("module", MODULES)
 def test_module_when_it_is_read_then_it_neither_runs_a_files_code_nor_hides_errors(module: str) -> None:
     found = list(faults((PACKAGE / module).read_text(encoding="utf-8")))
-    if module == LAST_RESORT:
+    if module in CATCH_ALL_ONCE:
         assert len([fault for fault in found if CATCHES_ALL in fault]) == 1
         found = [fault for fault in found if CATCHES_ALL not in fault]
     if module == READS_PICKLES:

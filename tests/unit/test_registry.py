@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def test_describe_when_a_member_holds_another_then_the_inner_one_is_named_too() 
 
 def test_describe_when_a_member_holds_a_plain_dataclass_then_its_fields_are_plain_values() -> None:
     ramps = {"temperature": {"start": 1.0, "end": 2.0}, "kd_ratio": {"start": 0.7, "end": 1.0}}
-    values = {"name": "none", "stages": 2, "epochs_per_stage": 3, **ramps}
-    assert describe(schedulers.build(values)) == values
+    described = describe(schedulers.build({"name": "none", "stages": 2, "epochs_per_stage": 3, **ramps}))
+    assert described["temperature"] == {"start": 1.0, "end": 2.0, "shape": "linear", "values": None}
+    assert json.loads(json.dumps(described)) == described
 
 
 def test_members_when_shipped_then_they_are_frozen() -> None:

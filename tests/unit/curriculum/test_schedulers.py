@@ -20,6 +20,7 @@ from pocl_cli.registry import describe, schedulers
 from ...support.subsets import make_subsets
 
 ENDS = {"start": 1, "end": 1}
+RULE = {"metric": "dev_rouge_l", "patience": 1, "min_epochs": 1}
 MEMBERS = schedulers.names()
 CONF = Path(__file__).parents[3] / "conf" / "curriculum"
 
@@ -216,6 +217,8 @@ def test_epochs_when_a_list_then_each_stage_has_its_own(name: str) -> None:
             ("kd_ratio", "shape"),
             "'linear', 'step' or 'cosine'",
         ),
+        ({"convergence": {**RULE, "min_epochs": 99}}, (), "min_epochs 99 is more than epochs_per_stage"),
+        ({"convergence": {**RULE, "patient": 1}}, ("convergence", "patient"), "[Uu]nexpected"),
         ({"exposure": "equal"}, ("exposure",), "'epochs' or 'balanced'"),
     ],
 )

@@ -16,6 +16,7 @@ def config(**changes: object) -> HardwareConfig:
     values = {
         "name": "cpu", "device": "cpu", "precision": "float32", "num_threads": None,
         "max_tokens_per_micro_batch": None, "objective_memory_mb": 256,
+        "num_processes": 1, "num_nodes": 1, "parallel": "none", "timeout_seconds": 600,
     }  # fmt: skip
     return HardwareConfig.model_validate({**values, **changes})
 

@@ -22,10 +22,11 @@ from pocl_cli.errors import Interrupted, NonFiniteError
 from pocl_cli.losses.divergence import KDMethod
 from pocl_cli.losses.evolving import MethodState
 from pocl_cli.models.head import HeadedModel
-from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.records import Convergence, Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.sampler import Sampler
+from pocl_cli.training.state import TrainingState
 
 from ...support.training import (
     dev_lines,
@@ -36,6 +37,7 @@ from ...support.training import (
     same_weights,
     toy_rows,
     train_lines,
+    two_stages,
     weights,
 )
 
@@ -51,7 +53,7 @@ class ChosenFigures:
         self.student, self.figures = job.student, figures
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, stage: int) -> dict[str, float]:
         rouge_l, cross_entropy = self.figures[len(self.seen)]
         self.seen.append(weights(self.student))
         return {"dev_rouge_l": rouge_l, "dev_cross_entropy": cross_entropy}
@@ -90,6 +92,49 @@ def test_second_stage_when_it_starts_then_has_the_firsts_weights_and_nothing_els
     train(alone)
 
     assert same_weights(weights(alone.student), weights(whole.student))
+
+
+# Epoch by epoch; step 0 belongs to no stage.
+FIRST_STAGE = [(9.0, 9.0), (5.0, 3.0), (6.0, 2.0), (6.0, 1.0), (5.5, 0.5)]
+SECOND_STAGE = [(1.0, 4.0), (2.0, 4.0), (3.0, 4.0), (4.0, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "patience", "min_epochs", "epochs"),
+    [
+        ("dev_rouge_l", 1, 1, (3, 4)),
+        ("dev_rouge_l", 2, 1, (4, 4)),
+        ("dev_rouge_l", 1, 4, (4, 4)),
+        ("dev_cross_entropy", 1, 1, (4, 2)),
+        ("dev_cross_entropy", 3, 1, (4, 4)),
+    ],
+)
+def test_stage_when_dev_figures_no_longer_improve_then_ends_within_its_bounds(
+    tmp_path, metric, patience, min_epochs, epochs
+):
+    rule = Convergence(metric=metric, patience=patience, min_epochs=min_epochs)
+    stages = [replace(stage, convergence=rule) for stage in two_stages(toy_rows(12), epochs=4)]
+    job = make_job(tmp_path, stages=stages)
+    figures = [*FIRST_STAGE[: 1 + epochs[0]], *SECOND_STAGE]
+    state = train(replace(job, evaluate_dev=ChosenFigures(job, figures)))
+
+    made = [{line["epoch"] for line in read_consumed(tmp_path) if line["stage"] == stage} for stage in (0, 1)]
+    assert [len(one) for one in made] == list(epochs)
+    assert state.step == 2 * epochs[0] + 3 * epochs[1]
+    assert state == TrainingState(state.step, 2, 0, state.num_tokens, state.metrics_bytes)
+
+
+def test_stage_when_it_converges_then_its_best_state_is_handed_on(tmp_path):
+    rule = Convergence(metric="dev_rouge_l", patience=2, min_epochs=1)
+    stages = [replace(stage, convergence=rule) for stage in two_stages(toy_rows(12), epochs=4)]
+    job = make_job(tmp_path, stages=stages, keep_best=True)
+    chosen = ChosenFigures(job, [(9.0, 9.0), (5.0, 1.0), (4.0, 1.0), (3.0, 1.0), (2.0, 1.0), (1.0, 1.0), (0.0, 1.0)])
+    train(replace(job, evaluate_dev=chosen))
+
+    assert [line["step"] for line in dev_lines(tmp_path)] == [0, 2, 4, 6, 9, 12, 15]
+    assert same_weights(weights(job.student), chosen.seen[4])
+    checkpoint = load_file(tmp_path / "checkpoints" / "00000006-001" / "model.safetensors")
+    assert all(torch.equal(checkpoint[name], value) for name, value in chosen.seen[1].items())
 
 
 def whole_batches(epochs: Sequence[int], **kept: bool) -> list[Stage]:
@@ -476,12 +521,12 @@ def test_signal_when_it_comes_inside_a_dev_evaluation_then_it_is_given_up_at_onc
     job = make_job(folder, evaluates=True, keep_best=True)
     begun, ended = [], []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(stage: int) -> dict[str, float]:
         if len(begun) == evaluation:
             begun.append(1)
             kill_self(signal.SIGTERM)()
         begun.append(1)
-        figures = job.evaluate_dev()
+        figures = job.evaluate_dev(stage)
         ended.append(1)
         return figures
 

@@ -18,7 +18,8 @@ from pocl_cli.artifacts.hashing import sha256_file
 from pocl_cli.errors import ArtifactError, NonFiniteError, WorkerError
 from pocl_cli.records import TokenisedRow
 from pocl_cli.training.loop import TrainingJob, train
-from pocl_cli.training.parallel import Processes, _buckets
+from pocl_cli.training.parallel import Processes
+from pocl_cli.training.replica import _buckets
 from pocl_cli.training.sampler import share
 
 from ...support.processes import in_processes

@@ -199,6 +199,16 @@ def test_store_when_a_run_of_other_rows_makes_it_then_has_the_bytes_that_scoring
     assert len(filled) == 2 * NUM_SHARDS + 2
 
 
+def test_teacher_when_a_row_has_no_response_then_has_no_states_of_it_and_does_not_run(tmp_path: Path) -> None:
+    stored(tmp_path, random_teacher)
+    teacher = stored(tmp_path, must_not_load)
+
+    hidden_NE = teacher.hidden_states(batch_of([TokenisedRow("no record", [3], [])]))
+
+    assert hidden_NE.shape == (0, TEACHER["hidden_size"])
+    assert teacher.asked.total == 0
+
+
 def test_teacher_when_asked_again_then_runs_once_for_each_shard_that_is_needed(tmp_path: Path) -> None:
     load = Loader(random_teacher())
     first = in_shards(ROWS)[0]
