@@ -23,7 +23,10 @@ _LOOK_SECONDS = 0.05
 # Until every worker has begun; importing torch on a busy disk takes its time.
 _START_SECONDS = 120.0
 # After one has failed: so long the others may tell of a reason of their own, and the agent how it saw them end.
-_SETTLE_SECONDS = 5.0
+_SETTLE_SECONDS = 15.0
+_LAST_WORDS_SECONDS = 3.0
+# Where the others have given up waiting, a worker with no beat for so long is the one they waited for.
+_QUIET_SECONDS = 5.0
 # Killed processes are gone when the kernel has taken their memory and their devices back.
 _GONE_SECONDS = 20.0
 _GOES_ON = "the same command goes on from what was saved last"
@@ -49,7 +52,8 @@ def run_together(job: Job, *, num_processes: int, num_threads: int, timeout_seco
         workers = _Workers(meeting, agent, num_processes, timeout_seconds)
         try:
             workers.watch(signals)
-            workers.settle()
+            # Who was asked to end need not say why.
+            workers.settle(_LAST_WORDS_SECONDS if signals else _SETTLE_SECONDS)
         finally:
             hung = workers.end()
         failure = _failure(workers, signals, hung)
@@ -185,15 +189,15 @@ class _Workers:
                 passed_on += 1
             time.sleep(_LOOK_SECONDS)
 
-    def settle(self) -> None:
-        """Waits a little for the agent, which ends when the workers have."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
+    def settle(self, seconds: float) -> None:
+        """Waits for the agent, which ends when the workers have."""
+        deadline = time.monotonic() + seconds
         while self.agent.poll() is None and time.monotonic() < deadline and not self.silent(self.timeout_seconds):
             time.sleep(_LOOK_SECONDS)
 
     def end(self) -> list[int]:
         """Ends what is left; the ranks that were silent until then."""
-        hung = self.silent(min(self.timeout_seconds, _SETTLE_SECONDS))
+        hung = self.silent(min(self.timeout_seconds, _QUIET_SECONDS))
         running = [pid for rank in self.ranks if not self.statuses()[rank] and (pid := self.pid(rank))]
         if self.agent.poll() is None:
             # The agent still knows its workers: none of their numbers belongs to another process by now.
