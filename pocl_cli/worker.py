@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from pocl_cli import cli, log
+from pocl_cli import cli, interrupts, log
 from pocl_cli.artifacts import lock
 from pocl_cli.errors import Interrupted, PoclError
 from pocl_cli.processes import lifeline, status
@@ -41,7 +41,8 @@ def _leave_signals_to_the_first(rank: int) -> None:
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    raise status.interrupted_by(number)
+    if not interrupts.deferred(number, frame):
+        raise status.interrupted_by(number)
 
 
 def _work(meeting: Meeting, rank: int) -> None:
