@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smollm2 test test-faults check lint type imports bench bench-smollm2 bench-report clean
+.PHONY: help install demo demo-smollm2 test test-faults test-mutants check lint type imports bench bench-smollm2 bench-report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,9 @@ test: $(INSTALLED) ## run the tests (ARGS='-k name' passes options to pytest)
 
 test-faults: $(INSTALLED) ## run every fault: kills at each step and file operation, signals, damage, races (about half an hour)
 	$(PYTEST) -n 2 -m faults $(ARGS)
+
+test-mutants: $(INSTALLED) ## spoil commits, locks, resuming and guards a change at a time: some test must notice each
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

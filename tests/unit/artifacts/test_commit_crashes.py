@@ -134,7 +134,34 @@ def test_commit_when_the_disk_is_full_at_any_operation_then_says_so_and_a_rerun_
     assert num_refused > 30
 
 
-def test_commit_when_killed_before_the_rename_then_keeps_the_checkpoints(memory: Path) -> None:
+def test_commit_when_it_renames_then_every_file_and_folder_of_the_artifact_has_been_flushed(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    at_the_rename: set[int] = set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def look(event: str, what: str) -> None:
+        if event == "rename" and Path(what).parent.name == "students":
+            at_the_rename.update(flushed)
+        elif event == "link":  # a file that a library wrote has not been flushed yet
+            flushed.clear()
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(faults, "hook", look)
+
+    artifact = make_student(memory / "outputs")
+
+    every = {path.stat().st_ino for path in (artifact.path, *artifact.path.rglob("*"))}
+    assert len(every) == len(_SHIPPED) + 3
+    assert every <= at_the_rename
+
+
+def test_commit_when_killed_before_the_rename_then_keeps_the_checkpoints_and_the_whole_work(memory: Path) -> None:
     outputs = memory / "outputs"
 
     def kill_at_rename(event: str, what: str) -> None:
@@ -150,7 +177,8 @@ def test_commit_when_killed_before_the_rename_then_keeps_the_checkpoints(memory:
 
     (interrupted,) = Store(outputs).interrupted("students", "tiny")
     assert interrupted.identity == {"train": {"seed": 1, "lr": 0.001}}
-    assert (outputs / ".work" / interrupted.id / "checkpoints" / "step-1" / "state.json").exists()
+    work = outputs / ".work" / interrupted.id
+    assert all((work / name).exists() for name in ("checkpoints/step-1/state.json", *_SHIPPED))
     assert not any(name.startswith("tiny-") for name in os.listdir(outputs / "students"))
 
 

@@ -68,6 +68,30 @@ def test_write_text_when_it_holds_a_lone_surrogate_then_escapes_it(tmp_path: Pat
     assert (tmp_path / "a.txt").read_bytes() == b"x\\ud800" + "é".encode()
 
 
+def test_write_bytes_when_it_replaces_a_file_then_flushes_the_new_one_before_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, order = tmp_path / "a.json", []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        order.append(
+            "flush the folder" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "flush the file"
+        )
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+
+    durable.write_bytes(path, b"new")
+
+    assert order == ["flush the file", "rename", "flush the folder"]
+
+
 def test_write_bytes_when_the_target_is_a_link_then_replaces_the_link_and_spares_its_target(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("precious")
