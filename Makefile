@@ -25,7 +25,7 @@ install: $(INSTALLED) ## make .venv with the package, its tests and its linters 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TESTED) '$(TORCH)'
-	$(PIP) install --quiet $(TESTED) -e '.[dev,joblib,slurm,tensorboard]'
+	$(PIP) install --quiet $(TESTED) -e '.[dev,joblib,peft,slurm,tensorboard]'
 	touch $@
 
 demo: $(INSTALLED) ## distil a tiny model on toy data from end to end: no network, about five minutes

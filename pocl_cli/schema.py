@@ -72,6 +72,15 @@ class TeacherConfig(ModelConfig):
         return self.path is not None or self.experiment is not None
 
 
+class LoraConfig(Section):
+    """Low-rank adapters that are trained in place of all weights; `rank` null or 0: none."""
+
+    rank: Annotated[int, Field(ge=0)] | None
+    alpha: Annotated[int, Field(ge=1)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None
+
+
 class StudentConfig(ModelConfig):
     """The model that is trained. `architecture` (with `tokenizer` and `init_seed`) makes one from nothing."""
 
@@ -81,6 +90,7 @@ class StudentConfig(ModelConfig):
     init_seed: int
     dropout: Annotated[float, Field(ge=0, lt=1)] | None
     gradient_checkpointing: bool
+    lora: LoraConfig
 
     @model_validator(mode="after")
     def _has_source(self) -> StudentConfig:

@@ -115,6 +115,12 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="teacher=none",
             fix="choose one with teacher=NAME or teacher.path=…, or train without with kd_method=sft",
         )
+    if trains and config.student.lora.rank and config.hardware.parallel == "fsdp":
+        yield ConfigError(
+            "student.lora with hardware.parallel=fsdp",
+            why="what fsdp divides among processes, gradients and moments, adapters hardly have",
+            fix="set hardware.parallel=ddp, or none for one process",
+        )
     if step == "distill" and not config.plan.enabled:
         try:
             config.tracker.check()

@@ -182,6 +182,8 @@ class Chain:
             "train": train,
             "precision": config.hardware.precision,
         }
+        if config.student.lora.rank:
+            identity["lora"] = config.student.lora.model_dump(mode="json")
         if config.kd_method.needs_teacher:
             assert self.teacher is not None, "configuration refuses a method that needs a teacher and has none"
             identity["teacher"] = self.teacher.identity

@@ -12,6 +12,7 @@ from pocl_cli.errors import PoclError, ResourceError
 from pocl_cli.log import get_logger
 from pocl_cli.models.device import memory_of, set_up_hardware
 from pocl_cli.models.load import check_context, context_length, load_tokenizer, read_config
+from pocl_cli.models.lora import require_peft
 from pocl_cli.models.vocabulary import check_width, compare_tokenizers, num_real_tokens
 from pocl_cli.steps.costs import Bytes, Sizes, gib, measuring_memory, sizes_of, training_disk, training_memory
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from pocl_cli.models.source import ModelSource
-    from pocl_cli.schema import DatasetConfig, PoclConfig
+    from pocl_cli.schema import DatasetConfig, LoraConfig, PoclConfig
     from pocl_cli.steps.chain import Chain
 
 
@@ -67,6 +68,8 @@ def of_training(chain: Chain) -> list[Check]:
     needed = chain.config.dataset.max_tokens
     student, teacher = _student(chain), _teacher(chain) if chain.config.kd_method.needs_teacher else None
     checks = [*student.checks(), student.context(needed)]
+    if chain.config.student.lora.rank:
+        checks.append(Check("student: adapters", _adapters_can_be_made))
     if teacher is not None:
         checks += [*teacher.checks(), teacher.context(needed), _same_tokenizer(teacher, student)]
 
@@ -123,6 +126,11 @@ def _evaluated_contexts(config: PoclConfig, model: _Model) -> list[Check]:
     return [model.context(_longest(one, new_tokens), f"evaluate {one.name}") for one in config.evaluation.datasets]
 
 
+def _adapters_can_be_made() -> Finding:
+    require_peft()
+    return Finding("peft is installed")
+
+
 # ── a model, by its configuration and tokenizer ───────────────────────────────────────────────────────────────────────
 
 
@@ -132,6 +140,7 @@ class _Model:
 
     role: str
     resolve: Callable[[], ModelSource]
+    lora: LoraConfig | None = None
 
     @cached_property
     def source(self) -> ModelSource:
@@ -147,7 +156,7 @@ class _Model:
 
     @cached_property
     def sizes(self) -> Sizes:
-        return sizes_of(self.source)
+        return sizes_of(self.source, self.lora)
 
     def checks(self) -> list[Check]:
         return [
@@ -177,7 +186,7 @@ class _Model:
 
 
 def _student(chain: Chain) -> _Model:
-    return _Model("student", lambda: chain.student)
+    return _Model("student", lambda: chain.student, chain.config.student.lora)
 
 
 def _teacher(chain: Chain) -> _Model:

@@ -5,22 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from pocl_cli.models.load import read_skeleton
 from pocl_cli.training.checkpoint import KEPT
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pocl_cli.models.device import Hardware
     from pocl_cli.models.source import ModelSource
+    from pocl_cli.schema import LoraConfig
 
-# Bytes per parameter of a student in training: weights, gradients and AdamW's two moments in float32.
-TRAINING_BYTES = 16
+# Bytes per parameter of a student in training, in float32: its weight; where it is trained, its gradient and the two
+# moments of AdamW besides.
+_WEIGHT_BYTES, _TRAINED_BYTES = 4, 12
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model, those of its embeddings apart, and what its activations take a token in bytes."""
+    """Parameters of a model, those of its embeddings and those that are trained, and its activations' bytes a token."""
 
     parameters: int
+    trained: int
     embedding: int
     activation_bytes: int
     weight_bytes: int
@@ -38,8 +46,8 @@ class Bytes(NamedTuple):
     least: int
 
 
-def sizes_of(source: ModelSource) -> Sizes:
-    """Counts the parameters of a model without its weights. Raises as `models.load.load_model`."""
+def sizes_of(source: ModelSource, lora: LoraConfig | None = None) -> Sizes:
+    """Counts the parameters of a model without its weights; `lora` of a student. Raises as `models.load.load_model`."""
     model = read_skeleton(source)
     config: Any = model.config
     embeddings: Any = model.get_input_embeddings()
@@ -47,26 +55,40 @@ def sizes_of(source: ModelSource) -> Sizes:
     # Kept for the backward pass of a decoder layer: about 16 vectors of the hidden size a token, in float32.
     activations = 16 * 4 * text.hidden_size * text.num_hidden_layers
     dtype = str(config.dtype or "float32") if source.dtype == "auto" else source.dtype
+    parameters = sum(p.numel() for p in model.parameters())
+    adapters = _adapter_parameters(model, lora) if lora is not None and lora.rank else 0
     return Sizes(
-        sum(p.numel() for p in model.parameters()),
+        parameters + adapters,
+        adapters or parameters,
         embeddings.weight.numel(),
         activations,
         2 if dtype.endswith("16") else 4,
     )
 
 
+def _adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
+    assert lora.rank, "there are adapters"
+    head = model.get_output_embeddings()
+    return sum(
+        lora.rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if lora.target_modules is None or name.rpartition(".")[2] in lora.target_modules
+    )
+
+
 def training_memory(student: Sizes, teacher: Sizes | None, hardware: Hardware) -> Bytes:
     """Of a training step; `teacher` is one that runs beside the student."""
-    least = student.parameters * TRAINING_BYTES + (teacher.weights if teacher else 0)
+    least = student.parameters * _WEIGHT_BYTES + student.trained * _TRAINED_BYTES + (teacher.weights if teacher else 0)
     working = student.activation_bytes * hardware.max_tokens_per_micro_batch + hardware.objective_memory_mb * 2**20
     return Bytes(least + working, least)
 
 
 def training_disk(student: Sizes) -> Bytes:
     """While a student is trained: its checkpoints, and the model."""
-    weights = student.parameters * 4
+    weights, trained = student.parameters * _WEIGHT_BYTES, student.trained * _WEIGHT_BYTES
     # While a checkpoint is saved: one more than are kept, each with two moments, a best state for each, and the model.
-    return Bytes(weights * (4 * (KEPT + 1) + 1), weights * 4)
+    return Bytes(trained * 4 * (KEPT + 1) + weights, trained * 3 + weights)
 
 
 def measuring_memory(model: Sizes, hardware: Hardware) -> Bytes:

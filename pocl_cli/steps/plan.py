@@ -72,7 +72,9 @@ def _estimates(
         student = chain.student
         teacher = chain.teacher if config.kd_method.needs_teacher else None
         rows = _encoded(config, student, records[:: max(1, len(records) // SAMPLE_ROWS)])
-        sizes = {"student": sizes_of(student)} | ({"teacher": sizes_of(teacher)} if teacher else {})
+        sizes = {"student": sizes_of(student, config.student.lora)} | (
+            {"teacher": sizes_of(teacher)} if teacher else {}
+        )
         mean = statistics.fmean(row.num_tokens for row in rows)
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
@@ -99,8 +101,8 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
     hardware = set_up_hardware(chain.config.hardware)
     student, teacher = sizes["student"], sizes.get("teacher")
     memory = training_memory(student, teacher if not once else None, hardware).estimate
-    # The backward pass costs twice the forward.
-    work = 3 * multiply_adds(student, trained)
+    # The backward pass costs the forward once for the states and once for the weights that are trained.
+    work = (2 + student.trained / student.parameters) * multiply_adds(student, trained)
     disk: float = training_disk(student).estimate
     kept: float = student.parameters * 4
     details = {}

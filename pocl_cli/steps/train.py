@@ -23,9 +23,11 @@ from pocl_cli.models.card import model_card
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
+from pocl_cli.models.lora import Adapters
 from pocl_cli.models.vocabulary import align_vocabularies
 from pocl_cli.records import Stage, Subset
 from pocl_cli.schema import PoclConfig
+from pocl_cli.seeds import derive_seed
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.dev import dev_figures, kept_dev_figures
 from pocl_cli.steps.partition import read_partition
@@ -87,6 +89,9 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         dtype_override=torch.float32,
         dropout=config.student.dropout,
     )
+    adapters = None
+    if config.student.lora.rank:
+        adapters = Adapters(loaded.model, config.student.lora, derive_seed(config.train.seed, "lora"))
     student = _student(chain, loaded, rows, hardware)
     if processes.is_first:
         checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
@@ -113,7 +118,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         table = table_as_made(stages, table, num_steps, global_batch_size=batch_size, drop_last=drop_last)
         durable.write_json(folder / "stages.json", table)
         consumed = audit(drawn, stages, table, subsets, global_batch_size=batch_size, drop_last=drop_last)
-        _write_model(folder, chain, loaded, table, figures)
+        _write_model(folder, chain, loaded, adapters, table, figures)
     processes.barrier()
     return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
 
@@ -200,8 +205,16 @@ def _job(
 
 
 def _write_model(
-    folder: Path, chain: Chain, loaded: LoadedModel, table: Sequence[StageRow], figures: Mapping[str, float]
+    folder: Path,
+    chain: Chain,
+    loaded: LoadedModel,
+    adapters: Adapters | None,
+    table: Sequence[StageRow],
+    figures: Mapping[str, float],
 ) -> None:
+    if adapters is not None:
+        adapters.write(folder / "adapter")
+        adapters.merge()
     target = folder / "model"
     durable.remove_tree(target)
     disable_progress_bar()

@@ -186,8 +186,8 @@ def load_best(folder: Path, best: Best, model: nn.Module) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied weight appears once."""
-    parameters = dict(model.named_parameters())
+    """Trained parameters and persistent buffers by name; a tied weight appears once. What is frozen never changes."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in every}
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
