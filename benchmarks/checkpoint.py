@@ -4,8 +4,8 @@
     python benchmarks/checkpoint.py --model FOLDER --rows FILE      a real one
 
 A checkpoint holds model and optimizer, every file flushed to the disk and hashed; reading it back hashes it again,
-which a resumed run does once. `share` is the writing at the shipped `train.checkpoint_every`, against the stored teacher's
-step, the fastest there is.
+which a resumed run does once. `share` is the writing at the shipped `train.checkpoint_every`, against the stored
+teacher's step, the fastest there is.
 """
 
 from __future__ import annotations
