@@ -16,9 +16,14 @@ _BEGINNING_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One instruction row. `id` is a hash of its content; the k-th identical copy (k ≥ 2) ends in `-k`.
+    """One row. `id` is a hash of its content; the k-th identical copy (k ≥ 2) ends in `-k`.
 
     A row with several references trains on the first and is scored against the best.
+
+    Attributes:
+        instruction: empty for plain text, whose document is the one reference; of a conversation the last turn.
+        turns: of a conversation, role and text of all that comes before the response.
+        where: of a conversation, the file and line: its tokenizer's template may refuse it.
     """
 
     id: str
@@ -26,6 +31,8 @@ class Record:
     input: str
     references: tuple[str, ...]
     category: str | None = None
+    turns: tuple[tuple[str, str], ...] | None = None
+    where: str | None = None
 
     @property
     def response(self) -> str:
@@ -34,8 +41,9 @@ class Record:
 
     @property
     def beginning(self) -> str:
-        """The first 200 characters of the instruction: what files and tables show of the row."""
-        return self.instruction[:_BEGINNING_CHARS]
+        """The first 200 characters of the instruction, or of plain text: what files and tables show of the row."""
+        text = self.instruction if self.instruction or self.input else self.response
+        return text[:_BEGINNING_CHARS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,10 @@ class DroppedRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedRow:
-    """Token ids of a record. `response_ids` ends with EOS unless `response_cut`; `prompt_cut`: it was shortened."""
+    """Token ids of a record. `response_ids` ends with EOS unless `response_cut`; `prompt_cut`: it was shortened.
+
+    A long document of plain text is several rows, the k-th (k ≥ 2) with `.k` behind the record's id.
+    """
 
     id: str
     prompt_ids: Sequence[int]
@@ -60,6 +71,16 @@ class TokenisedRow:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def piece_id(record_id: str, number: int) -> str:
+    """The id of the row that is piece `number` (from 1) of a record."""
+    return record_id if number == 1 else f"{record_id}.{number}"
+
+
+def record_of(row_id: str) -> str:
+    """The id of the record that a row is from."""
+    return row_id.partition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ class DatasetConfig(Section):
     revision: str | None
     generator: str | None
     num_rows: Annotated[int, Field(ge=1)] | None
+    format: Literal["instruction", "text", "messages"]
     fields: FieldsConfig
     limit: Annotated[int, Field(ge=1)] | None
     dev_size: Annotated[int, Field(ge=0)]
@@ -125,6 +126,12 @@ class DatasetConfig(Section):
     max_tokens: Annotated[int, Field(ge=2)]
     max_prompt_tokens: Annotated[int, Field(ge=1)]
     long_prompts: Literal["cut", "drop"]
+    long_documents: Literal["cut", "drop"]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a row asks for an answer, so that a model can be asked to generate one."""
+        return self.format != "text"
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetConfig:
@@ -132,7 +139,14 @@ class DatasetConfig(Section):
             raise ValueError("a data set needs dataset.path=<file, folder or hub id> (or a generator), and not both")
         if self.generator is not None and self.num_rows is None:
             raise ValueError("a generated data set needs num_rows")
-        if self.max_prompt_tokens >= self.max_tokens:
+        unread = {"text": ("instruction", "input"), "messages": ("input", "output")}.get(self.format, ())
+        named = [name for name in unread if getattr(self.fields, name) is not None]
+        if named:
+            column = "output" if self.format == "text" else "instruction"
+            raise ValueError(
+                f"fields.{named[0]} has no meaning with format={self.format}; fields.{column} names its one column"
+            )
+        if self.has_prompts and self.max_prompt_tokens >= self.max_tokens:
             raise ValueError(
                 f"max_prompt_tokens ({self.max_prompt_tokens}) must be smaller than max_tokens ({self.max_tokens})"
             )

@@ -16,6 +16,8 @@ from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
 LOCAL = "local"
+# Columns of scores that only rows with a prompt have.
+_OF_ANSWERS = frozenset({"rouge_l", "cross_entropy_alone"})
 
 
 def validate(
@@ -134,8 +136,10 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         yield from _stages_fit(config, config.plan.num_rows, f"plan.num_rows={config.plan.num_rows}")
     if step in ("score", "partition") or (trains and config.curriculum.needs_partition):
         yield from _teacher_is_measured(config)
+        yield from _text_is_measured(config)
     if trains and may_end_early(config):
         yield from _stages_may_converge(config)
+    yield from _text_has_no_answers(config, step)
     if config.partition.at is not None and (config.curriculum.needs_partition or step == "partition"):
         yield from _borders_fit(config, len(config.partition.at))
     if config.plan.num_rows is not None and config.curriculum.needs_partition and config.partition.by != "counts":
@@ -158,7 +162,7 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="nothing is left to train on",
             fix="make dev_size smaller or limit larger (dev_size=0 trains without dev evaluation)",
         )
-    elif limit is not None and config.curriculum.needs_partition:
+    elif limit is not None and config.curriculum.needs_partition and config.dataset.has_prompts:
         yield from _stages_fit(config, limit - dev_size, f"dataset.limit={limit} less dataset.dev_size={dev_size}")
 
 
@@ -198,6 +202,12 @@ def _stages_may_converge(config: PoclConfig) -> Iterator[PoclError]:
             why="they decide when a stage ends",
             fix="set train.evaluate_every and dataset.dev_size above 0, or curriculum.convergence.metric=null",
         )
+    if config.curriculum.convergence.metric == "dev_rouge_l" and not config.dataset.has_prompts:
+        yield ConfigError(
+            f"{where} with dataset.format=text",
+            why="plain text has no answers to score",
+            fix="set curriculum.convergence.metric=dev_cross_entropy",
+        )
     if config.train.max_steps is not None:
         yield ConfigError(
             f"{where} with train.max_steps",
@@ -212,6 +222,27 @@ def _teacher_is_measured(config: PoclConfig) -> Iterator[PoclError]:
             f"difficulty={config.difficulty.name} needs the teacher's scores",
             why="score.teacher=false" if config.teacher.present else "teacher=none",
             fix="set score.teacher=true and choose a teacher, or another difficulty",
+        )
+
+
+def _text_is_measured(config: PoclConfig) -> Iterator[PoclError]:
+    unmeasured = sorted(_OF_ANSWERS & config.difficulty.needs)
+    if unmeasured and not config.dataset.has_prompts:
+        yield ConfigError(
+            f"difficulty={config.difficulty.name} with dataset.format=text",
+            why=f"it reads {', '.join(unmeasured)}, and plain text has neither prompts nor answers",
+            fix="set difficulty=cross_entropy or difficulty=length",
+        )
+
+
+def _text_has_no_answers(config: PoclConfig, step: str) -> Iterator[PoclError]:
+    texts = [one.name for one in config.evaluation.datasets if not one.has_prompts]
+    scores = "pocl compare" if step == "compare" else "evaluation.predictions"
+    if texts and (step == "compare" or (step == "evaluate" and config.evaluation.predictions is not None)):
+        yield ConfigError(
+            f"{scores} with plain text ({texts[0]})",
+            why="it is about answers, and plain text (format=text) has none",
+            fix="leave out that data set; pocl evaluate gives its perplexity under a model",
         )
 
 

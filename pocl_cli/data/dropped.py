@@ -9,7 +9,9 @@ from pocl_cli.records import DroppedRow
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
+EMPTY_TEXT = "empty text"
 LONE_SURROGATE = "text with a lone surrogate"
+NO_ANSWER = "conversation without an assistant's turn"
 MULTI_TURN = "conversation of several turns"
 NOT_A_PAIR = "conversation that is not one user turn and its answer"
 NO_ROOM = "no room for the instruction in the prompt"
@@ -20,6 +22,11 @@ SPECIAL_TOKEN = "text that the tokenizer turns into a special token"
 def long_prompt(max_prompt_tokens: int) -> str:
     """The reason for rows that `dataset.long_prompts=drop` leaves out."""
     return f"prompt longer than {max_prompt_tokens} tokens"
+
+
+def long_document(max_tokens: int) -> str:
+    """The reason for documents that `dataset.long_documents=drop` leaves out."""
+    return f"document longer than {max_tokens} tokens"
 
 
 def count_reasons(dropped: Iterable[DroppedRow]) -> dict[str, int]:

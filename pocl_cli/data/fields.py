@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from pocl_cli.data.dropped import EMPTY_PROMPT, EMPTY_RESPONSE, LONE_SURROGATE, MULTI_TURN, NOT_A_PAIR
-from pocl_cli.data.rows import SourceRow, json_type
+from pocl_cli.data.dropped import (
+    EMPTY_PROMPT,
+    EMPTY_RESPONSE,
+    EMPTY_TEXT,
+    LONE_SURROGATE,
+    MULTI_TURN,
+    NO_ANSWER,
+    NOT_A_PAIR,
+)
+from pocl_cli.data.rows import TEXT, SourceRow, json_type
 from pocl_cli.errors import DataError, nearest
 from pocl_cli.schema import FieldsConfig
 
@@ -17,13 +25,14 @@ INPUT_NAMES = ("input", "context")
 OUTPUT_NAMES = ("output", "outputs", "response", "completion", "answer", "target", "references")
 CATEGORY_NAMES = ("category", "topic")
 CONVERSATION_NAMES = ("messages", "conversations")
+Format: TypeAlias = Literal["instruction", "text", "messages"]
 _NAMES_SHOWN, _NAME_CHARACTERS = 20, 40
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns of one row's texts: either `conversation`, or `instruction` and `output`."""
+    """The columns of one row's texts: `conversation`, or `instruction` and `output`, or `output` for plain text."""
 
     instruction: str | None
     input: str | None
@@ -34,12 +43,13 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class RowText:
-    """The texts of one row, as the source holds them."""
+    """The texts of one row, as the source holds them; `turns` of a conversation as in `Record`."""
 
     instruction: str
     input: str
     references: tuple[str, ...]
     category: str | None
+    turns: tuple[tuple[str, str], ...] | None = None
 
 
 class FieldReader:
@@ -47,10 +57,11 @@ class FieldReader:
 
     Args:
         wanted: the configured names of the columns; null ones are recognised.
+        format: what a row is.
     """
 
-    def __init__(self, wanted: FieldsConfig) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: FieldsConfig, format: Format = "instruction") -> None:
+        self.wanted, self.format = wanted, format
         self._known: dict[tuple[str, ...], Columns] = {}
 
     def read(self, row: SourceRow) -> RowText | str:
@@ -61,9 +72,13 @@ class FieldReader:
         """
         names = tuple(row.values)
         if names not in self._known:
-            self._known[names] = recognise(names, self.wanted, row.where)
-        texts = _texts(row, self._known[names])
-        return texts if isinstance(texts, str) else _unusable(texts) or texts
+            self._known[names] = recognise(names, self.wanted, row.where, self.format)
+        columns = self._known[names]
+        if columns.conversation is not None and self.format == "messages":
+            texts = _from_turns(row, columns)
+        else:
+            texts = _texts(row, columns)
+        return texts if isinstance(texts, str) else _unusable(texts, asks=self.format != "text") or texts
 
     def check_optional(self, where: str) -> None:
         """Raises DataError where no row read so far has the configured input or category column.
@@ -76,8 +91,8 @@ class FieldReader:
                 raise _missing(role, name, sorted(present), sorted(present), where)
 
 
-def recognise(names: Iterable[str], wanted: FieldsConfig, where: str) -> Columns:
-    """The columns among `names` that hold a row's texts. Raises DataError where instruction or response is missing."""
+def recognise(names: Iterable[str], wanted: FieldsConfig, where: str, format: Format = "instruction") -> Columns:
+    """The columns among `names` that hold a row's texts. Raises DataError where one that is needed is missing."""
     present = list(names)
     taken = {name for name in (wanted.instruction, wanted.input, wanted.output, wanted.category) if name is not None}
 
@@ -85,8 +100,22 @@ def recognise(names: Iterable[str], wanted: FieldsConfig, where: str) -> Columns
         candidates = tuple(name for name in usual if name not in taken) if explicit is None else (explicit,)
         return next((name for name in candidates if name in present), None)
 
-    instruction, output = find(wanted.instruction, INSTRUCTION_NAMES), find(wanted.output, OUTPUT_NAMES)
     category = find(wanted.category, CATEGORY_NAMES)
+    if format == "text":
+        text = find(wanted.output, (TEXT,))
+        if text is None:
+            free = [name for name in present if name != category]
+            raise _missing("output", wanted.output, present, free, where, usual=(TEXT,), what="text")
+        return Columns(None, None, text, category, None)
+    if format == "messages":
+        conversation = find(wanted.instruction, CONVERSATION_NAMES)
+        if conversation is None:
+            free = [name for name in present if name != category]
+            raise _missing(
+                "instruction", wanted.instruction, present, free, where, usual=CONVERSATION_NAMES, what="conversation"
+            )
+        return Columns(None, None, None, category, conversation)
+    instruction, output = find(wanted.instruction, INSTRUCTION_NAMES), find(wanted.output, OUTPUT_NAMES)
     if wanted.instruction is None and wanted.output is None and (instruction is None or output is None):
         conversation = find(None, CONVERSATION_NAMES)
         if conversation is not None:
@@ -101,8 +130,19 @@ def recognise(names: Iterable[str], wanted: FieldsConfig, where: str) -> Columns
     return columns
 
 
-def _missing(role: str, explicit: str | None, present: Iterable[str], free: Iterable[str], where: str) -> DataError:
-    usual = {"instruction": INSTRUCTION_NAMES, "output": OUTPUT_NAMES}.get(role, ())
+def _missing(
+    role: str,
+    explicit: str | None,
+    present: Iterable[str],
+    free: Iterable[str],
+    where: str,
+    *,
+    usual: tuple[str, ...] | None = None,
+    what: str | None = None,
+) -> DataError:
+    """The error for a column that is not there; `what` it holds and its `usual` names, where the role does not tell."""
+    if usual is None:
+        usual = {"instruction": INSTRUCTION_NAMES, "output": OUTPUT_NAMES}.get(role, ())
     candidates = [name for name in free if len(name) <= _NAME_CHARACTERS]
     guess = nearest(explicit or role, candidates) or (candidates[0] if candidates else "COLUMN")
     shown = [repr(name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…") for name in present]
@@ -110,17 +150,23 @@ def _missing(role: str, explicit: str | None, present: Iterable[str], free: Iter
     why = f"its columns are {', '.join(shown[:_NAMES_SHOWN]) or 'none'}{more}"
     if explicit is None:
         why += f"; names that are recognised are {', '.join(usual)}"
-    what = f"no column {explicit!r}" if explicit is not None else f"no column for the {role}"
+    missing = f"no column {explicit!r}" if explicit is not None else f"no column for the {what or role}"
     fix = f"name the column: dataset.fields.{role}={guess}"
-    return DataError(what, where=where, why=why, fix=fix if usual else f"{fix}, or null to recognise the usual names")
+    if TEXT in present and what is None:
+        fix += ", or set dataset.format=text for plain text"
+    return DataError(
+        missing, where=where, why=why, fix=fix if usual else f"{fix}, or null to recognise the usual names"
+    )
 
 
 def _texts(row: SourceRow, columns: Columns) -> RowText | str:
     category = _category(row.values.get(columns.category) if columns.category else None)
     if columns.conversation is not None:
         return _from_conversation(row, columns.conversation, category)
-    assert columns.instruction is not None, "recognise() makes sure of it"
     assert columns.output is not None, "recognise() makes sure of it"
+    if columns.instruction is None:
+        text = _text(row, columns.output, "output")
+        return RowText("", "", (text,), category) if text.strip() else EMPTY_TEXT
     return RowText(
         instruction=_text(row, columns.instruction, "instruction"),
         input=_text(row, columns.input, "input") if columns.input is not None else "",
@@ -177,6 +223,21 @@ def _from_conversation(row: SourceRow, column: str, category: str | None) -> Row
     return RowText(instruction, "", (answer,) if answer.strip() else (), category)
 
 
+def _from_turns(row: SourceRow, columns: Columns) -> RowText | str:
+    """The last turn of the assistant is the response; what comes after it is left out."""
+    column = columns.conversation
+    assert column is not None, "recognise() makes sure of it"
+    turns = [_named_turn(row, column, turn) for turn in _list(row, column)]
+    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    if not answers:
+        return NO_ANSWER
+    before, answer = tuple(turns[: answers[-1]]), turns[answers[-1]][1]
+    if not any(text.strip() for _, text in before):
+        return EMPTY_PROMPT
+    references = (answer,) if answer.strip() else ()
+    return RowText(before[-1][1], "", references, _category(row.values.get(columns.category or "")), before)
+
+
 def _list(row: SourceRow, column: str) -> list[Any]:
     value = row.values[column]
     if value is None:
@@ -184,6 +245,15 @@ def _list(row: SourceRow, column: str) -> list[Any]:
     if not isinstance(value, list):
         raise _wrong_type(row, column, value, "instruction", "a list of turns is expected")
     return value
+
+
+def _named_turn(row: SourceRow, column: str, turn: Any) -> tuple[str, str]:
+    """A turn under the name of its role, which the chat template knows or refuses."""
+    _, text = _turn(row, column, turn)
+    role = turn.get("role") or turn.get("from")
+    if not isinstance(role, str):
+        raise _wrong_type(row, column, role, "instruction", "a turn has a role: system, user or assistant")
+    return _ROLES.get(role, role), text
 
 
 def _turn(row: SourceRow, column: str, turn: Any) -> tuple[str, str]:
@@ -196,10 +266,12 @@ def _turn(row: SourceRow, column: str, turn: Any) -> tuple[str, str]:
     return _ROLES.get(role, "other") if isinstance(role, str) else "other", text or ""
 
 
-def _unusable(texts: RowText) -> str | None:
-    if any(map(_has_lone_surrogate, (texts.instruction, texts.input, *texts.references, texts.category or ""))):
+def _unusable(texts: RowText, *, asks: bool) -> str | None:
+    turns = [text for turn in texts.turns or () for text in turn]
+    every = (texts.instruction, texts.input, *texts.references, texts.category or "", *turns)
+    if any(map(_has_lone_surrogate, every)):
         return LONE_SURROGATE
-    if not texts.instruction.strip() and not texts.input.strip():
+    if asks and texts.turns is None and not texts.instruction.strip() and not texts.input.strip():
         return EMPTY_PROMPT
     return None if texts.references else EMPTY_RESPONSE
 

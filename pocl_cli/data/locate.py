@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocl_cli.data import hub
-from pocl_cli.data.rows import SourceRow, format_of, read_arrow_streams, read_rows, unknown_format
+from pocl_cli.data.rows import FORMATS, SourceRow, format_of, read_arrow_streams, read_rows, unknown_format
 from pocl_cli.errors import ConfigError, DataError, SecurityError, nearest
 from pocl_cli.schema import DatasetConfig
 
@@ -122,7 +122,9 @@ def choose_files(names: list[str], config: DatasetConfig, shown: str) -> list[st
         DataError: none fits, or several do that are no shards of one file.
         SecurityError: `dataset.data_files` leads out of the folder.
     """
-    known = [name for name in names if format_of(name) is not None]
+    # Beside rows of other formats, a .txt file is a licence or a note.
+    formats = [one for one in FORMATS if one != "txt" or config.format == "text"]
+    known = [name for name in names if format_of(name) in formats]
     pattern = config.data_files
     if pattern is not None:
         if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:

@@ -1,4 +1,4 @@
-"""Rows as files hold them: JSON lines, JSON, CSV, TSV, Parquet and Arrow, read one after the other."""
+"""Rows as files hold them: JSON lines, JSON, CSV, TSV, Parquet, Arrow and plain text, read one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 
 from pocl_cli.errors import DataError, ResourceError, SecurityError
 
-FORMATS = ("jsonl", "json", "parquet", "csv", "tsv")
+FORMATS = ("jsonl", "json", "parquet", "csv", "tsv", "txt")
+# The column of the rows of a .txt file.
+TEXT = "text"
 _MEND_JSON = "mend or remove the line (a .jsonl file holds one row a line, a .json file that or one list of rows)"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -59,7 +61,7 @@ def read_rows(path: Path, shown: str) -> Iterator[SourceRow]:
         ResourceError: the file cannot be read.
         SecurityError: a packed file unpacks to far more than text would.
     """
-    readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}
+    readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet, "txt": _txt}
     kind = format_of(path.name)
     if kind is None:
         raise unknown_format(shown)
@@ -262,6 +264,31 @@ def _unique(columns: list[str], shown: str) -> list[str]:
     if twice:
         raise DataError(f"two columns named {twice[0]!r}", where=shown, fix="rename one of them")
     return columns
+
+
+def _txt(path: Path, shown: str) -> Iterator[SourceRow]:
+    """Documents, which blank lines separate; a document's place is its first line."""
+    lines: list[str] = []
+    start = 0
+    with _open(path) as raw:
+        for number, line in enumerate(raw, 1):
+            where = f"{shown}:{number}"
+            try:
+                text = (_without_bom(line, shown) if number == 1 else line).decode()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(where, error) from error
+            if text.strip():
+                start = start or number
+                lines.append(text)
+            elif lines:
+                yield _document(shown, start, lines)
+                lines, start = [], 0
+    if lines:
+        yield _document(shown, start, lines)
+
+
+def _document(shown: str, start: int, lines: list[str]) -> SourceRow:
+    return _row(shown, f":{start}", {TEXT: "".join(lines).rstrip("\r\n")})
 
 
 def _parquet(path: Path, shown: str) -> Iterator[SourceRow]:

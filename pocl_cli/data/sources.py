@@ -64,22 +64,28 @@ def dataset_identity(config: DatasetConfig, hash_file: HashFile = sha256_file) -
     return _identity(_source(config, hash_file), config)
 
 
-def record_id(instruction: str, input: str, references: Sequence[str]) -> str:
+def record_id(
+    instruction: str, input: str, references: Sequence[str], turns: Sequence[tuple[str, str]] | None = None
+) -> str:
     """The first 16 hex digits of the sha256 of the row's canonical JSON; the same for identical rows."""
-    content = canonical_json([instruction, input, list(references)])
+    texts: list[Any] = [instruction, input, list(references)]
+    content = canonical_json(texts if turns is None else [*texts, [list(turn) for turn in turns]])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _identity(source: Source, config: DatasetConfig) -> dict[str, Any]:
-    return {
+    identity: dict[str, Any] = {
         "source": source.identity(),
         "fields": config.fields.model_dump(),
         "limit": config.limit,
         "dev": {"size": config.dev_size, "seed": config.seed} if config.dev_size else None,
         "max_tokens": config.max_tokens,
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "long_prompts": config.long_prompts,
     }
+    if config.format != "instruction":
+        identity["format"] = config.format
+    if not config.has_prompts:
+        return {**identity, "long_documents": config.long_documents}
+    return {**identity, "max_prompt_tokens": config.max_prompt_tokens, "long_prompts": config.long_prompts}
 
 
 def _source(config: DatasetConfig, hash_file: HashFile) -> Source:
@@ -116,7 +122,7 @@ def _generated(config: DatasetConfig) -> Source:
 
 
 def _read(source: Source, config: DatasetConfig) -> tuple[list[Record], list[DroppedRow]]:
-    reader = FieldReader(config.fields)
+    reader = FieldReader(config.fields, config.format)
     copies: Counter[str] = Counter()
     records: list[Record] = []
     dropped: list[DroppedRow] = []
@@ -125,11 +131,14 @@ def _read(source: Source, config: DatasetConfig) -> tuple[list[Record], list[Dro
         if isinstance(texts, str):
             dropped.append(DroppedRow(row.location, texts))
             continue
-        row_id = record_id(texts.instruction, texts.input, texts.references)
+        row_id = record_id(texts.instruction, texts.input, texts.references, texts.turns)
         copies[row_id] += 1
         if copies[row_id] > 1:
             row_id = f"{row_id}-{copies[row_id]}"
-        records.append(Record(row_id, texts.instruction, texts.input, texts.references, texts.category))
+        where = None if texts.turns is None else row.where
+        records.append(
+            Record(row_id, texts.instruction, texts.input, texts.references, texts.category, texts.turns, where)
+        )
         if len(records) == config.limit:
             break
     reader.check_optional(source.shown)

@@ -7,16 +7,16 @@ never of the template.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pocl_cli.data.dropped import NO_ROOM, NO_TOKENS, SPECIAL_TOKEN, long_prompt
+from pocl_cli.data.token_ids import dropped, eos_id, longest_beginning, special_ids, token_ids
 from pocl_cli.errors import ConfigError
 from pocl_cli.records import DroppedRow, Record, TokenisedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WINDOW_CHARACTERS = 1 << 14
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -33,17 +33,6 @@ def render_prompt(instruction: str, input: str) -> str:
     if input.strip():
         return _WITH_INPUT.format(instruction=instruction, input=input)
     return _WITHOUT_INPUT.format(instruction=instruction)
-
-
-def encode(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    long_prompts: Literal["cut", "drop"],
-) -> TokenisedRow | DroppedRow:
-    """The record's token ids, or the reason why it has none. As `RowEncoder(…).encode(record)`."""
-    return RowEncoder(tokenizer, max_tokens, max_prompt_tokens, long_prompts).encode(record)
 
 
 class RowEncoder:
@@ -72,15 +61,8 @@ class RowEncoder:
     ) -> None:
         self.tokenizer, self.max_tokens, self.max_prompt_tokens = tokenizer, max_tokens, max_prompt_tokens
         self.drops_long_prompts = long_prompts == "drop"
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no EOS token",
-                where=str(tokenizer.name_or_path) or None,
-                why="without one the student never learns where an answer ends",
-                fix="set eos_token in its tokenizer_config.json",
-            )
-        self.eos_id = int(tokenizer.eos_token_id)
-        self._special_ids = _special_ids(tokenizer)
+        self.eos_id = eos_id(tokenizer)
+        self._special_ids = special_ids(tokenizer)
         num_template = len(self._ids([render_prompt("", "")])[0])
         if num_template >= max_prompt_tokens:
             raise ConfigError(
@@ -102,27 +84,23 @@ class RowEncoder:
     def _row(self, record: Record, prompt_ids: list[int], response_ids: list[int]) -> TokenisedRow | DroppedRow:
         prompt_cut = len(prompt_ids) > self.max_prompt_tokens
         if prompt_cut and self.drops_long_prompts:
-            return _dropped(record, long_prompt(self.max_prompt_tokens))
+            return dropped(record, long_prompt(self.max_prompt_tokens))
         if prompt_cut:
             shortened = self._shortened(record.instruction, record.input)
             if shortened is None:
-                return _dropped(record, NO_ROOM)
+                return dropped(record, NO_ROOM)
             (prompt_ids,) = self._ids([shortened])
         if not response_ids:
-            return _dropped(record, NO_TOKENS)
+            return dropped(record, NO_TOKENS)
         if not self._special_ids.isdisjoint(prompt_ids) or not self._special_ids.isdisjoint(response_ids):
-            return _dropped(record, SPECIAL_TOKEN)
+            return dropped(record, SPECIAL_TOKEN)
         room = self.max_tokens - len(prompt_ids)
         response_cut = len(response_ids) + 1 > room
         response_ids = response_ids[:room] if response_cut else [*response_ids, self.eos_id]
         return TokenisedRow(record.id, prompt_ids, response_ids, prompt_cut, response_cut)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoding: Any = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoding["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, texts)
 
     def _shortened(self, instruction: str, input: str) -> str | None:
         """The longest prompt that fits, or None where not even the first token of the instruction does."""
@@ -137,49 +115,7 @@ class RowEncoder:
 
     def _longest(self, text: str, render: Callable[[str], str]) -> str:
         """The longest beginning of `text`, up to the end of a token, whose prompt fits; all of `text` does not."""
-        ends = [0, *self._token_ends(text)]
-        fits, too_long = 0, len(ends)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if self._fits(render(text[: ends[middle]])):
-                fits = middle
-            else:
-                too_long = middle
-        return text[: ends[fits]]
+        return longest_beginning(text, lambda part: self._fits(render(part)), self.tokenizer, self.max_prompt_tokens)
 
     def _fits(self, prompt: str) -> bool:
         return len(self._ids([prompt])[0]) <= self.max_prompt_tokens
-
-    def _token_ends(self, text: str) -> list[int]:
-        """Where the first tokens of `text` end, counted in characters: never inside one that has several tokens.
-
-        So many as the whole prompt may have: the template comes on top of them, so that no more can fit.
-        """
-        if not self.tokenizer.is_fast:
-            # Slow tokenizers do not tell; every character is tried instead.
-            return list(range(1, len(text) + 1))
-        window = 0
-        ends: list[int] = []
-        while len(ends) < self.max_prompt_tokens and window < len(text):
-            # A huge text is not tokenised as a whole for the sake of its first words.
-            window = max(4 * window, _WINDOW_CHARACTERS)
-            encoding: Any = self.tokenizer(
-                text[:window],
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-            ends = sorted({end for _, end in encoding["offset_mapping"] if end > 0})
-        return ends[: self.max_prompt_tokens]
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that no text of a row may give: special tokens, except one that only stands for unknown text."""
-    ids = set(tokenizer.all_special_ids)
-    ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}))
-
-
-def _dropped(record: Record, reason: str) -> DroppedRow:
-    return DroppedRow(f"record {record.id}", reason, record.id)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pocl_cli.artifacts import durable
 from pocl_cli.artifacts.hashing import canonical_json, short_id
 from pocl_cli.data.dropped import count_reasons, reasons_text
-from pocl_cli.data.template import RowEncoder
+from pocl_cli.data.encoder import Encoder, encoder_of
 from pocl_cli.errors import DataError
 from pocl_cli.log import get_logger, progress
 from pocl_cli.records import DroppedRow, Record, TokenisedRow
@@ -35,7 +35,7 @@ class TokenisedDataset:
         ids: the ids of the rows that have tokens, in the order of the records.
         dropped: the records that have none, with a reason each.
         num_prompt_cut: rows whose prompt was shortened.
-        num_response_cut: rows whose response was cut and has no EOS.
+        num_response_cut: rows whose response was cut and has no EOS; of plain text, those that the next row goes on.
     """
 
     def __init__(self, batch: pyarrow.RecordBatch) -> None:
@@ -106,33 +106,41 @@ def tokenise(
     Args:
         records: rows with distinct ids, which are hashes of their content.
         tokenizer: used only where the cache has nothing.
-        config: its `max_tokens`, `max_prompt_tokens` and `long_prompts` count.
+        config: its format and limits count.
         cache_folder: where the file is kept; writers that race write the same bytes.
         tokenizer_hash: of `tokenizer`, from the function of that name.
 
     Raises:
-        ConfigError: the tokenizer has no EOS token, or the prompt limit leaves no room.
-        DataError: every row was dropped.
+        ConfigError: the tokenizer has no EOS token or no chat template, or the prompt limit leaves no room.
+        DataError: every row was dropped, or the chat template does not fit one.
         ResourceError: the cache cannot be written.
     """
-    limits = [config.max_tokens, config.max_prompt_tokens, config.long_prompts]
+    limits = _limits(config, tokenizer)
     ids = hashlib.sha256("\n".join(record.id for record in records).encode()).hexdigest()
     path = cache_folder / f"{short_id([VERSION, ids, tokenizer_hash, limits])}.arrow"
     batch = _load(path)
     if batch is None:
-        encoder = RowEncoder(tokenizer, config.max_tokens, config.max_prompt_tokens, config.long_prompts)
-        durable.write_bytes(path, _serialised(*_encode_all(records, encoder)))
+        durable.write_bytes(path, _serialised(*_encode_all(records, encoder_of(tokenizer, config))))
         batch = _load(path)
         assert batch is not None, f"{path} was written and cannot be read back"
     tokenised = TokenisedDataset(batch)
     if not len(tokenised):
+        cut = "long_prompts" if config.has_prompts else "long_documents"
         raise DataError(
             "no row has tokens",
             where=f"the data set {config.name!r}",
             why=reasons_text(tokenised.dropped) or "there are no rows",
-            fix="raise dataset.max_prompt_tokens, or set dataset.long_prompts=cut",
+            fix=f"raise the limits on tokens, or set dataset.{cut}=cut",
         )
     return tokenised
+
+
+def _limits(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What decides token ids beside the records and the tokenizer's rules."""
+    if config.format == "text":
+        return [config.format, config.max_tokens, config.long_documents]
+    limits = [config.max_tokens, config.max_prompt_tokens, config.long_prompts]
+    return [*limits, config.format, tokenizer.chat_template] if config.format == "messages" else limits
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -153,13 +161,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical_json([rules, special]).encode()).hexdigest()
 
 
-def _encode_all(records: Sequence[Record], encoder: RowEncoder) -> tuple[list[TokenisedRow], list[DroppedRow]]:
+def _encode_all(records: Sequence[Record], encoder: Encoder) -> tuple[list[TokenisedRow], list[DroppedRow]]:
     rows: list[TokenisedRow] = []
     dropped: list[DroppedRow] = []
     with progress("tokenise", len(records)) as advance:
         for start in range(0, len(records), _BATCH_ROWS):
-            batch = encoder.encode_batch(records[start : start + _BATCH_ROWS])
-            for row in batch:
+            batch = records[start : start + _BATCH_ROWS]
+            for row in encoder.encode_batch(batch):
                 if isinstance(row, DroppedRow):
                     dropped.append(row)
                 else:

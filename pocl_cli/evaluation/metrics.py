@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.evaluation.rouge import rouge_l
-from pocl_cli.records import Record, ScoredRecord
+from pocl_cli.records import Record, ScoredRecord, record_of
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _IDS_SHOWN = 5
@@ -121,6 +121,35 @@ def dataset_metrics(
     return metrics
 
 
+def text_metrics(records: Sequence[Record], measured: Sequence[ScoredRecord]) -> dict[str, Metric]:
+    """The metrics of plain text: `cross_entropy` in nats per predicted token, and `perplexity`, its exponential.
+
+    Args:
+        records: the documents that the rows are from `[N]`, at least one; a document in pieces stands there often.
+        measured: the model's cross entropy on each row `[N]`.
+
+    Raises:
+        NonFiniteError: a cross entropy is NaN or infinite.
+    """
+    assert records, "metrics of no rows"
+    cross_entropy = _cross_entropy_metric(records, measured)
+    metric = Metric(mean=perplexity(cross_entropy["mean"]), std=None, per_seed={})
+    if "per_category" in cross_entropy:
+        metric["per_category"] = {
+            category: CategoryMetric(mean=perplexity(of_one["mean"]), num_rows=of_one["num_rows"])
+            for category, of_one in cross_entropy["per_category"].items()
+        }
+    return {"cross_entropy": cross_entropy, "perplexity": metric}
+
+
+def perplexity(cross_entropy: float) -> float:
+    """e to the power of a mean in nats per token; infinite where that is more than a float holds."""
+    try:
+        return math.exp(cross_entropy)
+    except OverflowError:
+        return math.inf
+
+
 def mean_cross_entropy(rows: Sequence[ScoredRecord]) -> float:
     """Cross entropy in nats per response token over all tokens of `rows`, at least one.
 
@@ -171,7 +200,8 @@ def _over_seeds(records: Sequence[Record], values: Mapping[int | None, Sequence[
 
 
 def _cross_entropy_metric(records: Sequence[Record], measured: Sequence[ScoredRecord]) -> Metric:
-    assert [row.id for row in measured] == [record.id for record in records], "one measurement a row, in its order"
+    ids = [record_of(row.id) for row in measured]
+    assert ids == [record.id for record in records], "one measurement a row, in its order"
     metric = Metric(mean=mean_cross_entropy(measured), std=None, per_seed={})
     rows_of = _rows_by_category(records)
     if rows_of:

@@ -18,10 +18,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The only pickles that are ever read, and only where `allow_pickle` is set (`models.pickled`).
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Everything that a tokenizer of transformers reads; the chat template is not used here.
+# Everything that a tokenizer of transformers reads.
 TOKENIZER_PATTERNS = (
     *("*token*.json", "*vocab*", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "normalizer.json"),
     *("*.model", "tokenizer.model*", "*.tiktoken", "*.tokenizer", "tekken.json", "emoji.json", "word_*.json"),
+    "chat_template.jinja",
 )
 _COMPLETE = "name a folder that save_pretrained wrote, or download the model again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

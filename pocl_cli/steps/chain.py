@@ -119,7 +119,7 @@ class Chain:
             "dataset": self.dataset,
             "precision": self.config.hardware.precision,
         }
-        if who == "student":
+        if who == "student" and self.config.dataset.has_prompts:
             identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
         return self._key("scores", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from pocl_cli.models.source import ModelSource
-    from pocl_cli.schema import PoclConfig
+    from pocl_cli.schema import DatasetConfig, PoclConfig
     from pocl_cli.steps.chain import Chain
 
 
@@ -108,16 +108,19 @@ def of_plan(chain: Chain) -> list[Check]:
 
 
 def _measured_tokens(config: PoclConfig, who: str) -> int:
-    new_tokens = config.score.max_new_tokens if who == "student" else 0
-    return max(config.dataset.max_tokens, config.dataset.max_prompt_tokens + new_tokens)
+    return _longest(config.dataset, config.score.max_new_tokens if who == "student" else 0)
+
+
+def _longest(dataset: DatasetConfig, new_tokens: int) -> int:
+    """The most tokens that a model reads of a row, or of its prompt and an answer of so many new tokens."""
+    if not dataset.has_prompts:
+        return dataset.max_tokens
+    return max(dataset.max_tokens, dataset.max_prompt_tokens + new_tokens)
 
 
 def _evaluated_contexts(config: PoclConfig, model: _Model) -> list[Check]:
     new_tokens = config.evaluation.decoding.max_new_tokens
-    return [
-        model.context(max(one.max_tokens, one.max_prompt_tokens + new_tokens), f"evaluate {one.name}")
-        for one in config.evaluation.datasets
-    ]
+    return [model.context(_longest(one, new_tokens), f"evaluate {one.name}") for one in config.evaluation.datasets]
 
 
 # ── a model, by its configuration and tokenizer ───────────────────────────────────────────────────────────────────────

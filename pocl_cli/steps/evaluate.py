@@ -1,4 +1,4 @@
-"""`pocl evaluate`: generate answers on test sets with several seeds and score them."""
+"""`pocl evaluate`: generate answers on test sets with several seeds and score them; of plain text, perplexity."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_cli.artifacts import durable
 from pocl_cli.data.sources import load_dataset
-from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, score_answers
+from pocl_cli.evaluation.metrics import Metric, ScoredAnswer, dataset_metrics, score_answers, text_metrics
 from pocl_cli.log import progress
 from pocl_cli.models.device import Hardware, memory_errors_explained, set_up_hardware
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model
+from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.paths import confined
 from pocl_cli.processes.job import FOLDER, LOCK
 from pocl_cli.records import Record, ScoredRecord, TokenisedRow
@@ -32,9 +33,10 @@ from pocl_cli.steps.predictions import (
     write_evaluation,
 )
 from pocl_cli.steps.result import StepResult
-from pocl_cli.steps.rows import tell_losses, tokenised_rows
+from pocl_cli.steps.rows import records_by_row, tell_losses, tokenised_rows
 from pocl_cli.steps.shard_files import SHARDS, ShardFiles
 from pocl_cli.steps.weights import loadable
+from pocl_cli.training.measure import measure_cross_entropy
 
 if TYPE_CHECKING:
     from pocl_cli.models.head import HeadedModel
@@ -68,6 +70,7 @@ class _TestSet:
     """The usable rows of a data set, as token ids and as they are, and the files of their shards."""
 
     name: str
+    has_prompts: bool
     rows: Sequence[TokenisedRow]
     records: Sequence[Record]
     shards: Sequence[Sequence[TokenisedRow]]
@@ -107,11 +110,12 @@ def _test_sets(chain: Chain, loaded: LoadedModel, folder: Path) -> list[_TestSet
     for dataset in chain.config.evaluation.datasets:
         source = load_dataset(dataset)
         tokenised = tokenised_rows(source.records, loaded.tokenizer, dataset, chain.config.paths.outputs)
-        tell_losses(dataset.name, tokenised, (*source.dropped, *tokenised.dropped))
+        tell_losses(dataset.name, tokenised, (*source.dropped, *tokenised.dropped), dataset)
         rows = [tokenised.row(record_id) for record_id in tokenised.ids]
-        by_id = {record.id: record for record in source.records}
+        by_row = records_by_row(source.records, tokenised.ids)
         files = ShardFiles(confined(folder, dataset.name), "json", first=sum(len(one.shards) for one in found))
-        found.append(_TestSet(dataset.name, rows, [by_id[row.id] for row in rows], _shards(rows), files))
+        records = [by_row[row.id] for row in rows]
+        found.append(_TestSet(dataset.name, dataset.has_prompts, rows, records, _shards(rows), files))
     return found
 
 
@@ -129,6 +133,15 @@ def _answer_missing(
     processes: Processes,
 ) -> None:
     missing = one.files.missing(one.shards, processes)
+    if not one.has_prompts:
+        num_real = num_real_tokens(loaded.tokenizer)
+        with progress(f"{one.name}: measuring", sum(len(shard) for _, shard in missing)) as advance:
+            for path, shard in missing:
+                rows = measure_cross_entropy(
+                    headed, shard, num_real_tokens=num_real, hardware=hardware, advance=advance
+                )
+                durable.write_json(path, asdict(_Measured(rows, [])))
+        return
     with progress(f"{one.name}: answering", sum(len(shard) for _, shard in missing) * len(evaluation.seeds)) as advance:
         for path, shard in missing:
             measured = _Measured(
@@ -150,6 +163,9 @@ def _score(evaluation: EvaluationConfig, one: _TestSet) -> tuple[dict[str, Metri
     """The metrics of a data set and the lines of `predictions.jsonl`, once every process has answered its shards."""
     shards = [_read(path) for path in one.files.all(len(one.shards))]
     measured = {row.id: row for shard in shards for row in shard.rows}
+    references = [measured[row.id] for row in one.rows]
+    if not one.has_prompts:
+        return text_metrics(one.records, references), []
     answers: dict[int | None, Sequence[ScoredAnswer]] = {}
     lines: list[dict[str, Any]] = []
     for place, seed in enumerate(evaluation.seeds):
@@ -163,7 +179,6 @@ def _score(evaluation: EvaluationConfig, one: _TestSet) -> tuple[dict[str, Metri
             ended_with_eos=[given.ended for given in in_order],
         )
         lines += prediction_lines(one.name, seed, one.records, texts, answers[seed])
-    references = [measured[row.id] for row in one.rows]
     return dataset_metrics(one.records, answers, measured_references=references), lines
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocl_cli import tables
-from pocl_cli.data.template import encode
+from pocl_cli.data.encoder import encoder_of
 from pocl_cli.errors import PoclError
 from pocl_cli.records import TokenisedRow
 from pocl_cli.steps import checks
@@ -42,15 +42,19 @@ def show(chain: Chain) -> None:
     records = None if config.plan.num_rows is not None else training_records(config)
     num_rows = config.plan.num_rows if records is None else len(records)
     assert num_rows is not None, "the rows are given or loaded"
+    if records is not None and not config.dataset.has_prompts:
+        num_rows = len(_encoded(config, chain.student, records))
     table = planned_table(chain, num_rows)
     tables.stage_table(table)
     if records is not None:
         rows = checks.verdicts(checks.of_plan(chain))
         tables.results_table("Checks, before any weights are read", ["check", "verdict", "finding"], rows)
-    tables.summary_panel("plan", _estimates(chain, table, records))
+    tables.summary_panel("plan", _estimates(chain, table, records, num_rows))
 
 
-def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record] | None) -> dict[str, Any]:
+def _estimates(
+    chain: Chain, table: Sequence[StageRow], records: Sequence[Record] | None, num_rows: int
+) -> dict[str, Any]:
     config = chain.config
     steps = sum(row["steps"] for row in table)
     sequences = sum(
@@ -67,28 +71,23 @@ def _estimates(chain: Chain, table: Sequence[StageRow], records: Sequence[Record
     try:
         student = chain.student
         teacher = chain.teacher if config.kd_method.needs_teacher else None
-        rows = _sample(config, student, records)
+        rows = _encoded(config, student, records[:: max(1, len(records) // SAMPLE_ROWS)])
         sizes = {"student": sizes_of(student)} | ({"teacher": sizes_of(teacher)} if teacher else {})
         mean = statistics.fmean(row.num_tokens for row in rows)
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
         estimates["response tokens"] = round(sequences * response)
-        once = _Tokens(len(records) * mean, len(records) * response) if chain.stores_teacher else None
+        once = _Tokens(num_rows * mean, num_rows * response) if chain.stores_teacher else None
         return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
     except PoclError as error:
         return estimates | {"tokens, memory, disk, time": f"not known: {error}"}
 
 
-def _sample(config: PoclConfig, student: ModelSource, records: Sequence[Record]) -> list[TokenisedRow]:
-    """Evenly spaced rows as token ids, without the cache: a plan writes nothing."""
+def _encoded(config: PoclConfig, student: ModelSource, records: Sequence[Record]) -> list[TokenisedRow]:
+    """The rows of records as token ids, without the cache: a plan writes nothing."""
     from pocl_cli.models.load import load_tokenizer
 
-    tokenizer, dataset = load_tokenizer(student), config.dataset
-    chosen = records[:: max(1, len(records) // SAMPLE_ROWS)]
-    rows = [
-        encode(record, tokenizer, dataset.max_tokens, dataset.max_prompt_tokens, dataset.long_prompts)
-        for record in chosen
-    ]
+    rows = encoder_of(load_tokenizer(student), config.dataset).encode_batch(records)
     return [row for row in rows if isinstance(row, TokenisedRow)]
 
 

@@ -100,7 +100,7 @@ def report(result: StepResult) -> StepResult:
     cells = [[name, *(_cell(metrics.get(one)) for one in names)] for name, metrics in datasets.items()]
     tables.results_table("Evaluation", ["data set", *(name.replace("_", " ") for name in names)], cells)
     figures = {f"{dataset}/{name}": metrics[name]["mean"] for dataset, metrics in datasets.items() for name in metrics}
-    shown = {key: value for key, value in figures.items() if key.endswith(("/rouge_l", "/exact_match"))}
+    shown = {key: value for key, value in figures.items() if key.endswith(("/rouge_l", "/exact_match", "/perplexity"))}
     return StepResult(result.artifact, made=result.made, figures=shown)
 
 

@@ -157,7 +157,10 @@ def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
 
 
 def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
-    """Cross entropy with the prompt and without it, an answer, and the answer's ROUGE-L."""
+    """Cross entropy with the prompt and without it, an answer, and the answer's ROUGE-L.
+
+    Of plain text, cross entropy alone.
+    """
     config = chain.config
     decoding = DecodingConfig(
         sampling_temperature=config.score.sampling_temperature,
@@ -168,6 +171,12 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
     )
     loaded = load_model(loadable(chain, chain.student), device=hardware.device, dtype_override=None, dropout=None)
     headed = split_model(loaded.model)
+    num_real = num_real_tokens(loaded.tokenizer)
+
+    def measure_text(shard: list[TokenisedRow]) -> list[ScoredRecord]:
+        measured = measure_cross_entropy(headed, shard, num_real_tokens=num_real, hardware=hardware)
+        _refuse_non_finite(measured, "student")
+        return measured
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
         measured, (answers,) = measure_and_answer(
@@ -176,7 +185,7 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
         alone = measure_cross_entropy(
             headed,
             [replace(row, prompt_ids=(_first_token(loaded),)) for row in shard],
-            num_real_tokens=num_real_tokens(loaded.tokenizer),
+            num_real_tokens=num_real,
             hardware=hardware,
         )
         _refuse_non_finite([*measured, *alone], "student")
@@ -190,7 +199,7 @@ def _student_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
             for row, one, without in zip(measured, answers, alone, strict=True)
         ]
 
-    return measure
+    return measure if config.dataset.has_prompts else measure_text
 
 
 def _first_token(loaded: LoadedModel) -> int:

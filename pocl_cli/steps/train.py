@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +17,6 @@ from pocl_cli.artifacts import durable
 from pocl_cli.curriculum.audit import StageAudit, audit, steps_made
 from pocl_cli.curriculum.stage_table import StageRow, table_as_made
 from pocl_cli.errors import ArtifactError
-from pocl_cli.evaluation.rouge import rouge_l
 from pocl_cli.log import get_logger, progress
 from pocl_cli.models.attention import recompute_layers
 from pocl_cli.models.card import model_card
@@ -29,8 +26,8 @@ from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import align_vocabularies
 from pocl_cli.records import Stage, Subset
 from pocl_cli.schema import PoclConfig
-from pocl_cli.steps.answers import measure_and_answer
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.dev import dev_figures, kept_dev_figures
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
@@ -40,7 +37,6 @@ from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.parallel import Processes
-from pocl_cli.training.sampler import share
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 
@@ -109,7 +105,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
 
     # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
-    figures, consumed = _kept_dev_figures(folder, job.settings.keep_best), []
+    figures, consumed = kept_dev_figures(folder, job.settings.keep_best), []
     if processes.is_first:
         drawn = pq.read_table(folder / "consumed.parquet")
         batch_size, drop_last = config.train.global_batch_size, config.train.drop_last
@@ -189,7 +185,7 @@ def _job(
     )
 
     def evaluate_dev(stage: int) -> dict[str, float]:
-        return _dev_figures(config, student, loaded, rows, hardware, processes, stage)
+        return dev_figures(config, student, loaded, rows, hardware, processes, stage)
 
     return TrainingJob(
         student=student,
@@ -201,57 +197,6 @@ def _job(
         evaluate_dev=evaluate_dev if evaluates else None,
         processes=processes,
     )
-
-
-def _dev_figures(
-    config: PoclConfig,
-    student: StudentWithObjective,
-    loaded: LoadedModel,
-    rows: TrainingRows,
-    hardware: Hardware,
-    processes: Processes,
-    stage: int,
-) -> dict[str, float]:
-    """Cross entropy and, by generation, ROUGE-L on the stage's dev rows, of which each process measures a share."""
-    assert rows.dev is not None, "no dev rows"
-    limit = config.train.dev_rows
-    ids = rows.dev.ids[: limit[stage] if isinstance(limit, tuple) else limit]
-    places = {record_id: place for place, record_id in enumerate(ids)}
-    own = share([rows.dev.row(record_id) for record_id in places], processes.rank, processes.size)
-    measured, (answers,) = measure_and_answer(
-        student.headed,
-        loaded,
-        own,
-        decoding=config.train.dev_decoding,
-        seeds=[config.train.seed],
-        purpose="dev",
-        hardware=hardware,
-    )
-    table = torch.zeros(len(places), 5, dtype=torch.float64)
-    for row, one in zip(measured, answers, strict=True):
-        score = rouge_l(one.text, rows.records[row.id].references)
-        nats = row.cross_entropy * row.num_response_tokens
-        table[places[row.id]] = torch.tensor([nats, row.num_response_tokens, score, one.num_tokens, one.ended])
-    nats, num_tokens, scores, lengths, ended = (math.fsum(column) for column in processes.sum(table).T.tolist())
-    return {
-        "dev_cross_entropy": nats / num_tokens,
-        "dev_rouge_l": 100 * scores / len(places),
-        "dev_response_tokens": lengths / len(places),
-        "dev_ended_with_eos": 100 * ended / len(places),
-    }
-
-
-def _kept_dev_figures(folder: Path, keep_best: bool) -> dict[str, float]:
-    """The dev figures of the state that is kept: the best of the last stage, or the last."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    dev = [line for line in lines if "dev_rouge_l" in line]
-    if not dev:
-        return {}
-    kept = dev[-1]
-    if keep_best:
-        of_stage = [line for line in dev if line["stage"] == kept["stage"] and line["step"] > 0] or [kept]
-        kept = max(of_stage, key=lambda line: (line["dev_rouge_l"], -line["dev_cross_entropy"]))
-    return {name: kept[name] for name in ("dev_rouge_l", "dev_cross_entropy")}
 
 
 def _write_model(

@@ -61,9 +61,10 @@ class Journal:
         line = {"step": step, "stage": stage, "epoch": epoch, **figures}
         self._lines.append(line)
         self.track(line, step)
+        rouge_l = f"dev ROUGE-L {figures['dev_rouge_l']:.2f}, " if "dev_rouge_l" in figures else ""
         get_logger().info(
-            "step %d, stage %d, epoch %d: dev ROUGE-L %.2f, dev cross entropy %.4f",
-            step, stage, epoch, figures["dev_rouge_l"], figures["dev_cross_entropy"],
+            "step %d, stage %d, epoch %d: %sdev cross entropy %.4f",
+            step, stage, epoch, rouge_l, figures["dev_cross_entropy"],
         )  # fmt: skip
 
     def consumed(self, record_ids: Sequence[str], *, stage: int, epoch: int, step: int) -> None:

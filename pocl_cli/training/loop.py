@@ -313,7 +313,7 @@ def _evaluate_dev(
         )
     job.processes.barrier()
     sha256 = written or checkpoint.best_sha256(_checkpoints(job), state.step)
-    return replace(state, best=Best(state.step, figures["dev_rouge_l"], figures["dev_cross_entropy"], sha256))
+    return replace(state, best=Best(state.step, figures.get("dev_rouge_l"), figures["dev_cross_entropy"], sha256))
 
 
 def _save(

@@ -10,22 +10,26 @@ if TYPE_CHECKING:
     from pocl_cli.records import Convergence
 
 
+def quality(figures: Mapping[str, float]) -> tuple[float, float]:
+    """What the states of a stage are compared by: dev ROUGE-L, and dev cross entropy where that is equal or absent."""
+    return figures.get("dev_rouge_l", 0.0), -figures["dev_cross_entropy"]
+
+
 @dataclass(frozen=True)
 class Best:
-    """The state of highest dev ROUGE-L in a stage (the lower dev cross entropy where two are equal).
+    """The best state of a stage by `quality`; `dev_rouge_l` is None where nothing is generated.
 
     `sha256` is that of the file which holds its weights.
     """
 
     step: int
-    dev_rouge_l: float
+    dev_rouge_l: float | None
     dev_cross_entropy: float
     sha256: str
 
     def is_beaten_by(self, figures: Mapping[str, float]) -> bool:
         """Whether the dev figures are those of a better state."""
-        theirs = (figures["dev_rouge_l"], -figures["dev_cross_entropy"])
-        return theirs > (self.dev_rouge_l, -self.dev_cross_entropy)
+        return quality(figures) > (self.dev_rouge_l or 0.0, -self.dev_cross_entropy)
 
 
 @dataclass(frozen=True)

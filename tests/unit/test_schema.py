@@ -36,6 +36,7 @@ def build(defaults: dict[str, Any], section: str, changes: dict[str, Any]) -> Ba
     return SECTIONS[section].model_validate(copy.deepcopy(defaults[section]) | changes)
 
 
+FIELDS = {"instruction": None, "input": None, "output": None, "category": None}
 LLAMA = {"path": None, "architecture": {"model_type": "llama"}, "tokenizer": "toy"}
 ACCEPTED = [
     ("student", LLAMA),
@@ -46,6 +47,8 @@ ACCEPTED = [
     ("teacher", {"path": None}),
     ("dataset", {"path": None, "generator": "toy", "num_rows": 3}),
     ("dataset", {"dev_size": 0}),
+    ("dataset", {"format": "text", "max_tokens": 64}),
+    ("dataset", {"format": "messages"}),
     ("train", {"lr": 1e-3, "lr_end": 1e-3}),
     ("train", {"evaluate_every": 0, "max_steps": 1}),
     ("hardware", {"device": "cuda:3"}),
@@ -68,6 +71,9 @@ REFUSED = [
     ("dataset", {"generator": "toy", "num_rows": 3}, "not both"),
     ("dataset", {"path": None, "generator": "toy"}, "needs num_rows"),
     ("dataset", {"max_prompt_tokens": 512}, "must be smaller than max_tokens"),
+    ("dataset", {"format": "chat"}, "'instruction', 'text' or 'messages'"),
+    ("dataset", {"format": "text", "fields": FIELDS | {"instruction": "a"}}, "fields.output names its one column"),
+    ("dataset", {"format": "messages", "fields": FIELDS | {"output": "a"}}, "fields.instruction names its one column"),
     ("dataset", {"name": ""}, "at least 1 character"),
     ("dataset", {"long_prompts": "ignore"}, "'cut' or 'drop'"),
     ("train", {"lr_end": 1}, "must not be above lr"),

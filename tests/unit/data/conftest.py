@@ -39,6 +39,7 @@ def make_config() -> Callable[..., DatasetConfig]:
             "revision": None,
             "generator": None,
             "num_rows": None,
+            "format": "instruction",
             "fields": fields,
             "limit": None,
             "dev_size": 0,
@@ -46,6 +47,7 @@ def make_config() -> Callable[..., DatasetConfig]:
             "max_tokens": 512,
             "max_prompt_tokens": 256,
             "long_prompts": "cut",
+            "long_documents": "cut",
         }
         return DatasetConfig.model_validate(values | changes)
 

@@ -59,9 +59,9 @@ def test_path_when_it_can_be_no_hub_id_then_asks_no_hub(make_config, path: str) 
 
 
 def test_file_when_of_no_known_format_then_error_lists_the_formats(make_config, tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.parquet, \.csv, \.tsv, each also \.gz"):
-        locate(make_config(path=str(tmp_path / "rows.txt")), sha256_file)
+    (tmp_path / "rows.doc").write_text("x")
+    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.parquet, \.csv, \.tsv, \.txt, each also \.gz"):
+        locate(make_config(path=str(tmp_path / "rows.doc")), sha256_file)
 
 
 def test_file_when_moved_then_keeps_its_identity_and_when_changed_then_not(make_config, tmp_path: Path) -> None:

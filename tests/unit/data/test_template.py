@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pocl_cli.data.template import RowEncoder, encode, render_prompt
+from pocl_cli.data.template import RowEncoder, render_prompt
 from pocl_cli.errors import ConfigError
 from pocl_cli.models.toy_tokenizer import build_toy_tokenizer
 from pocl_cli.records import DroppedRow, Record, TokenisedRow
@@ -32,6 +34,10 @@ def make_record(instruction: str, input: str = "", response: str = "A") -> Recor
 def encoded(row: TokenisedRow | DroppedRow) -> TokenisedRow:
     assert isinstance(row, TokenisedRow), row
     return row
+
+
+def encode(record: Record, tokenizer: PreTrainedTokenizerBase, *limits: Any) -> TokenisedRow | DroppedRow:
+    return RowEncoder(tokenizer, *limits).encode(record)
 
 
 def words(name: str, count: int) -> str:

@@ -85,14 +85,15 @@ def test_check_model_folder_behind_links_as_in_a_hub_cache_passes(model_folder: 
 
 
 def test_model_files_leave_out_what_does_not_decide_the_model(model_folder: Path) -> None:
-    for name in ("README.md", "chat_template.jinja", "training_args.bin", "code.py", "trainer_state.json"):
+    for name in ("README.md", "training_args.bin", "code.py", "trainer_state.json"):
         (model_folder / name).write_text("x")
     names = {path.name for path in model_files(model_folder)}
     assert names == {"config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize(
-    "name", ["vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "x.tiktoken"]
+    "name",
+    ["vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "x.tiktoken", "chat_template.jinja"],
 )
 def test_tokenizer_files_hold_every_kind_of_vocabulary(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
