@@ -66,7 +66,7 @@ bench: $(INSTALLED) ## measure speed and memory on a small model (benchmarks/): 
 	$(PIP) install --quiet $(TESTED) -e '.[bench]'
 	mkdir -p build
 	set -e; export OMP_NUM_THREADS=$(THREADS); { \
-	for script in optimizer_step libraries roofline whole_run generation; do $(BIN)/python benchmarks/$$script.py; done; \
+	for script in optimizer_step libraries roofline checkpoint whole_run generation; do $(BIN)/python benchmarks/$$script.py; done; \
 	$(BIN)/python benchmarks/partition.py --rows 1000 10000 100000 1000000; \
 	$(BIN)/python benchmarks/scaling.py --points 3 --memory-gb 4 --repeats 1; } > build/bench.jsonl
 
@@ -76,7 +76,7 @@ bench-smollm2: $(INSTALLED) ## the same with SmolLM2-135M on the rows of ROWS=ro
 	$(BIN)/python tools/fetch_smollm2.py models/smollm2
 	mkdir -p build
 	set -e; export OMP_NUM_THREADS=$(THREADS) of="--model models/smollm2"; { \
-	for script in optimizer_step libraries roofline whole_run; do \
+	for script in optimizer_step libraries roofline checkpoint whole_run; do \
 	$(BIN)/python benchmarks/$$script.py $$of --rows '$(ROWS)'; done; \
 	$(BIN)/python benchmarks/generation.py $$of --rows '$(ROWS)' --num-rows 100 --max-new-tokens 256 --repeats 1; \
 	$(BIN)/python benchmarks/partition.py; \

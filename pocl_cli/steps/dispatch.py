@@ -18,6 +18,7 @@ def run_step(run: Run) -> StepResult | None:
     if run.step != "compare" and not run.config.plan.enabled:
         found = find_finished(run)
         if found is not None:
+            Chain(run).store.tidy()  # a run that was killed after its artifact was in place left something behind
             return found
     if run.step == "evaluate" and run.config.evaluation.predictions is not None:
         return evaluate_predictions(run)

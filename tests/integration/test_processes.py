@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +24,7 @@ from ..support.command import Finished, Running, run_pocl, start_pocl
 from ..support.folders import memory_folder
 from ..support.proc import family, open_to_others, parent
 from ..support.recipe import promised_hashes, recipe, write_inputs
+from ..support.tally import trial
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and a kernel that ends a process with its parent"),
@@ -197,6 +200,28 @@ def test_worker_when_its_training_is_not_finite_then_its_own_error_is_what_the_c
     assert len(finished.errors) == 1
     assert "the loss is nan in stage 0, step 2" in finished.errors[0]
     assert "records" in finished.errors[0]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("run", range(10))
+@pytest.mark.parametrize("victim", ["worker", "agent", "command"])
+def test_processes_when_one_is_killed_three_times_then_none_is_left_and_the_run_ends_in_the_same_bytes(
+    place: Place, undisturbed: Undisturbed, victim: str, run: int
+) -> None:
+    draws, outputs = random.Random(f"{victim} {run}"), f"{victim}-{run}"
+
+    def kill(pids: dict[str, int]) -> None:
+        time.sleep(draws.uniform(0, 0.3))
+        os.kill(pids[victim], signal.SIGKILL)
+
+    for _ in range(3):
+        with trial(f"SIGKILL of the {victim} of a run in two processes: none of its processes is left"):
+            assert disturbed(place, outputs, kill).exit_code in (8, -signal.SIGKILL)
+    with trial("SIGKILL at three moments of a run in two processes: the rerun ends in the same bytes"):
+        finished = place.run(outputs, *TWO)
+        assert finished.exit_code == 0, finished.stderr
+        assert promised_hashes(place.folder / finished.stdout.strip()) == promised_hashes(undisturbed.together)
+    shutil.rmtree(place.folder / outputs)
 
 
 def disturbed(place: Place, outputs: str, disturb: Callable[[dict[str, int]], object], *changes: str) -> Finished:

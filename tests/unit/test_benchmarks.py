@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arithmetic
 import cases
+import checkpoint
 import comparing
 import measuring
 import report
@@ -332,3 +333,13 @@ def test_partition_benchmark_when_there_are_fewer_rows_than_subsets_then_it_stop
 
     assert ended.returncode == 2
     assert "--rows must be at least 4" in ended.stderr
+
+
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_checkpoint_when_written_and_read_then_it_holds_the_weights_and_two_moments_of_each(tmp_path: Path) -> None:
+    wrote, read, num_bytes = checkpoint.write_and_read(Job(SMALL, "stored", repeats=1), tmp_path)
+    assert wrote > 0 < read
+    num_parameters = sum(one.numel() for one in Case(SMALL).student.model.parameters())
+    assert num_bytes == pytest.approx(3 * 4 * num_parameters, rel=0.2)
