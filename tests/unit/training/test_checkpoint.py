@@ -90,10 +90,10 @@ def test_checkpoint_when_loaded_then_gives_state_weights_and_buffers(tmp_path):
     assert other.head.weight is other.embedding.weight
 
 
-def test_checkpoint_when_a_weight_is_tied_then_holds_it_once_and_no_passing_buffer():
+def test_checkpoint_when_weights_are_tied_or_frozen_then_holds_the_tied_once_and_what_may_change():
     names = checkpoint.model_tensors(Tied()).keys()
 
-    assert names == {"embedding.weight", "norm.weight", "norm.bias", "frozen", "steps"}
+    assert names == {"embedding.weight", "norm.weight", "norm.bias", "steps"}
 
 
 def test_optimizer_when_restored_then_goes_on_bit_for_bit(tmp_path):
