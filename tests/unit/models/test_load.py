@@ -53,6 +53,7 @@ def student(**values: Any) -> ModelSource:
         "init_seed": 0,
         "dropout": None,
         "gradient_checkpointing": False,
+        "lora": {"rank": None, "alpha": 1, "dropout": 0.0, "target_modules": None},
     }
     return resolve_student(StudentConfig(**{**defaults, **values}), Store(Path("outputs-that-are-not-there")))
 
