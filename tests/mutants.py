@@ -168,6 +168,14 @@ MUTANTS = (
         "again_and_again",
     ),
     Mutant(
+        "dropout is the same in every step",
+        "training/loop.py",
+        'derive_seed(settings.seed, "dropout", state.step, *processes.stream)',
+        'derive_seed(settings.seed, "dropout", 0, *processes.stream)',
+        LOOP,
+        "dropout",
+    ),
+    Mutant(
         "lines after the checkpoint stay",
         "training/journal.py",
         '        durable.truncate(folder / "metrics.jsonl", state.metrics_bytes)\n',

@@ -388,7 +388,7 @@ def test_gradient_norm_when_it_is_clipped_then_is_logged_as_it_was(tmp_path):
     assert tight[2]["loss"] != loose[2]["loss"]
 
 
-def test_dropout_when_it_is_on_then_is_a_function_of_the_seed_and_the_step(tmp_path):
+def test_dropout_when_it_is_on_then_is_a_function_of_the_seed(tmp_path):
     losses = {}
     for name, dropout, seed in (("a", 0.3, 7), ("b", 0.3, 7), ("other seed", 0.3, 8), ("none", 0.0, 7)):
         torch.manual_seed(len(name))  # what the process has drawn before does not matter
@@ -404,6 +404,15 @@ def test_dropout_when_it_is_on_then_is_a_function_of_the_seed_and_the_step(tmp_p
     assert losses["a"] == losses["b"]
     assert abs(losses["a"] - losses["other seed"]) > 1e-4
     assert abs(losses["a"] - losses["none"]) > 1e-4
+
+
+def test_dropout_when_weights_and_rows_are_those_of_the_step_before_then_differs_all_the_same(tmp_path):
+    (row,) = toy_rows(1)
+    student, stage = make_student(dropout=0.3), replace(one_batch([row]), epochs=2)
+    train(make_job(tmp_path, student=student, rows=[row], stages=[stage], lr=0.0, lr_end=0.0, global_batch_size=1))
+
+    first, second = train_lines(tmp_path)
+    assert abs(first["loss"] - second["loss"]) > 1e-4
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────────────
