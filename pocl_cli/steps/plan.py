@@ -47,9 +47,17 @@ def show(chain: Chain) -> None:
     table = planned_table(chain, num_rows)
     tables.stage_table(table)
     if records is not None:
-        rows = checks.verdicts(checks.of_plan(chain))
+        rows = _by_finding(checks.verdicts(checks.of_plan(chain)))
         tables.results_table("Checks, before any weights are read", ["check", "verdict", "finding"], rows)
     tables.summary_panel("plan", _estimates(chain, table, records, num_rows))
+
+
+def _by_finding(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """One row for all checks that found the same: a missing model stops many."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, verdict, finding in rows:
+        names.setdefault((verdict, finding), []).append(name)
+    return [(", ".join(of_finding), *found) for found, of_finding in names.items()]
 
 
 def _estimates(
