@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import entry
 import measuring
 import results
 from cases import METHODS, Case, add_setup_options, setup_of, shipped
 from measuring import Job
 from pocl_cli import tables
-from pocl_cli.errors import PoclError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,8 +83,4 @@ def write_and_read(job: Job, folder: Path | None) -> tuple[float, float, int]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

@@ -16,22 +16,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import entry
+import measuring
 import results
 from pocl_cli import tables
-from pocl_cli.errors import DataError, PoclError, ResourceError
+from pocl_cli.errors import DataError
 from pocl_cli.records import TokenisedRow
 
 # The measuring processes import torch and transformers themselves.
@@ -101,12 +100,16 @@ def main(arguments: Sequence[str]) -> int:
     """Measures both sides of every task and draws the table. Returns the exit code."""
     options = _options(arguments)
     wrong = []
-    if in_fresh_process(greedy_answers, "reference", options) != in_fresh_process(greedy_answers, "ours", options):
+    greedy = [
+        measuring.in_fresh_process(f"greedy answers, {side}", greedy_answers, side, options)
+        for side in ("reference", "ours")
+    ]
+    if greedy[0] != greedy[1]:
         wrong.append("greedy answers differ")
     found = []
     for task in options.tasks:
         for formulation in ("reference", "ours"):
-            found.append(in_fresh_process(measure, task, formulation, options))
+            found.append(measuring.in_fresh_process(f"{task}, {formulation}", measure, task, formulation, options))
             print(f"{task}, {formulation}: {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     pairs = list(zip(found[::2], found[1::2], strict=True))
     show(pairs, options)
@@ -114,26 +117,6 @@ def main(arguments: Sequence[str]) -> int:
     if wrong:
         print(f"the two sides disagree: {'; '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a process of its own.
-
-    Raises:
-        ResourceError: the process died.
-        PoclError: as the process raised it.
-    """
-    # The server imports the libraries once and forks itself for every measurement; off Linux, forking is not safe.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload(["pocl_cli.models.load", "transformers.models.llama.modeling_llama"])
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool as error:
-        why, fix = "it was probably out of memory", "take a smaller --model"
-        where = ", ".join(one for one in arguments if isinstance(one, str))
-        raise ResourceError("the measuring process died", where=where, why=why, fix=fix) from error
 
 
 def measure(task: str, formulation: str, options: argparse.Namespace) -> Measurement:
@@ -397,8 +380,4 @@ def show(pairs: Sequence[tuple[Measurement, Measurement]], options: argparse.Nam
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

@@ -10,12 +10,11 @@ Liger are measured where the extra `bench` is installed. Output and exit code ar
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+import entry
 from cases import add_setup_options, setup_of
 from comparing import Comparison, available_sides, compare
-from pocl_cli.errors import PoclError
 from sides import BETAS, SIDES
 
 KD_RATIO = 1.0
@@ -38,8 +37,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

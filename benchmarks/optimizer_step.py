@@ -10,12 +10,11 @@ disagree about the loss or the gradient norm.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+import entry
 from cases import KD_RATIO, METHODS, add_setup_options, setup_of
 from comparing import Comparison, compare
-from pocl_cli.errors import PoclError
 
 SIDES = ("reference", "online", "stored")
 
@@ -34,8 +33,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

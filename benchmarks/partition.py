@@ -22,9 +22,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import entry
 import results
 from pocl_cli import tables
-from pocl_cli.errors import ArtifactError, PoclError
+from pocl_cli.errors import ArtifactError
 
 # This process stays small: a system may count a parent's memory towards the peak of its child.
 if TYPE_CHECKING:
@@ -228,8 +229,4 @@ def show(found: Sequence[Measurement]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pocl_cli.errors import DataError, PoclError
+import entry
+from pocl_cli.errors import DataError
 from results import heading
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -115,8 +116,4 @@ def _shown(value: object) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

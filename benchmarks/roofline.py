@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import arithmetic
+import entry
 import measuring
 import results
 from cases import METHODS, Case, Setup, add_setup_options, setup_of, shipped
 from measuring import Job
 from pocl_cli import tables
-from pocl_cli.errors import PoclError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,8 +180,4 @@ def _table(name: str, title: str, rows: Sequence[Mapping[str, object]], num_thre
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

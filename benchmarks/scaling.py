@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import entry
 import measuring
 import results
 from cases import DOLLY_LENGTHS, PADDED_LENGTH, TINY, Setup, add_setup_options, setup_of
 from measuring import Job, Measurement
 from pocl_cli import tables
-from pocl_cli.errors import PoclError
 
 AXES: dict[str, tuple[int, ...]] = {
     "vocabulary": (8_192, 16_384, 32_768, 65_536, 131_072, 151_936),
@@ -154,8 +153,4 @@ def _vocabulary(setup: Setup) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

@@ -28,12 +28,12 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage, struct_rusage
 from typing import TYPE_CHECKING, Any
 
+import entry
 import measuring
 import results
 from cases import make_model_and_rows
 from comparing import TOLERANCE
 from pocl_cli import tables
-from pocl_cli.errors import PoclError
 from sides import padded, reference_loss
 
 if TYPE_CHECKING:
@@ -305,8 +305,4 @@ def _show(found: Sequence[Figures], suffix: str, options: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except PoclError as error:
-        print(f"pocl: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    entry.run(main)

@@ -236,6 +236,11 @@ class HardwareConfig(Section):
     parallel: Literal["none", "ddp", "fsdp"]
     timeout_seconds: Annotated[int, Field(ge=1)]
 
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts the models are cut, one a process."""
+        return self.num_processes * self.num_nodes if self.parallel == "fsdp" else 1
+
     @model_validator(mode="after")
     def _consistent(self) -> HardwareConfig:
         several = f"num_processes={self.num_processes} on num_nodes={self.num_nodes}"

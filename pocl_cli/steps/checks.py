@@ -73,12 +73,14 @@ def of_training(chain: Chain) -> list[Check]:
     if teacher is not None:
         checks += [*teacher.checks(), teacher.context(needed), _same_tokenizer(teacher, student)]
 
-    def sizes() -> tuple[Sizes, Sizes | None]:
-        return student.sizes, teacher.sizes if teacher is not None and not chain.stores_teacher else None
+    def memory() -> Bytes:
+        beside = teacher.sizes if teacher is not None and not chain.stores_teacher else None
+        section = chain.config.hardware
+        return training_memory(student.sizes, beside, set_up_hardware(section), section.num_parts)
 
     return [
         *checks,
-        Check("memory", lambda: _memory(chain, training_memory(*sizes(), set_up_hardware(chain.config.hardware)))),
+        Check("memory", lambda: _memory(chain, memory())),
         Check("disk", lambda: _disk(chain, training_disk(student.sizes))),
     ]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Bytes per parameter of a student in training, in float32: its weight; where it is trained, its gradient and the two
 # moments of AdamW besides.
-_WEIGHT_BYTES, _TRAINED_BYTES = 4, 12
+_WEIGHT_BYTES, _GRADIENT_BYTES, _MOMENT_BYTES = 4, 4, 8
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,22 @@ def _adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
     )
 
 
-def training_memory(student: Sizes, teacher: Sizes | None, hardware: Hardware) -> Bytes:
-    """Of a training step; `teacher` is one that runs beside the student."""
-    least = student.parameters * _WEIGHT_BYTES + student.trained * _TRAINED_BYTES + (teacher.weights if teacher else 0)
+def training_memory(student: Sizes, teacher: Sizes | None, hardware: Hardware, num_parts: int = 1) -> Bytes:
+    """Of a training step in one process.
+
+    Args:
+        student: the whole one.
+        teacher: one that runs beside it.
+        hardware: of the process.
+        num_parts: into how many parts the models are cut (`hardware.parallel=fsdp`). A process has all weights for the
+            time of an evaluation, and all gradients until the last micro-batch of a step; moments are never together.
+    """
+    weights, moments = student.parameters * _WEIGHT_BYTES, student.trained * _MOMENT_BYTES // num_parts
+    gradients = student.trained * _GRADIENT_BYTES
+    beside = teacher.weights // num_parts if teacher else 0
     working = student.activation_bytes * hardware.max_tokens_per_micro_batch + hardware.objective_memory_mb * 2**20
-    return Bytes(least + working, least)
+    estimate = weights + gradients + moments + beside + working
+    return Bytes(estimate, weights + gradients // num_parts + moments + beside)
 
 
 def training_disk(student: Sizes) -> Bytes:

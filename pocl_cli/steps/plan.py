@@ -108,7 +108,7 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
 
     hardware = set_up_hardware(chain.config.hardware)
     student, teacher = sizes["student"], sizes.get("teacher")
-    memory = training_memory(student, teacher if not once else None, hardware).estimate
+    memory = training_memory(student, teacher if not once else None, hardware, chain.config.hardware.num_parts).estimate
     # The backward pass costs the forward once for the states and once for the weights that are trained.
     work = (2 + student.trained / student.parameters) * multiply_adds(student, trained)
     disk: float = training_disk(student).estimate

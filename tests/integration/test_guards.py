@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pocl_cli.config import Run
 from pocl_cli.errors import ConfigError, NonFiniteError, PoclError, ResourceError, SecurityError
+from pocl_cli.models.device import Hardware
 from pocl_cli.models.load import load_tokenizer
+from pocl_cli.run import Run
 from pocl_cli.steps import distill, evaluate, score
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.checks import of_plan, verdicts
+from pocl_cli.steps.costs import Sizes, training_memory
 
 from ..support.command import run_pocl
 from ..support.folders import memory_folder, mounted
@@ -220,3 +222,13 @@ def test_student_that_gives_no_finite_numbers_when_it_is_scored_then_is_refused(
     with pytest.raises(NonFiniteError):
         score.run(run)
     assert list((tmp_path / "out").glob("*/*-*")) == []
+
+
+def test_memory_when_the_models_are_cut_into_parts_then_a_process_needs_less_and_never_less_than_all_weights() -> None:
+    student, teacher = Sizes(1000, 1000, 100, 8, 4), Sizes(4000, 4000, 400, 8, 4)
+    hardware = Hardware(torch.device("cpu"), "float32", 4096, 256)
+    whole, cut = (training_memory(student, teacher, hardware, num_parts) for num_parts in (1, 4))
+    assert whole.least == 1000 * 16 + 4000 * 4
+    assert cut.least == 1000 * (4 + 1 + 2) + 4000 * 4 // 4
+    assert whole.estimate - cut.estimate == 3 / 4 * (1000 * 8 + 4000 * 4)
+    assert all(one.least < one.estimate for one in (whole, cut))

@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from pocl_cli.config import Run
+from pocl_cli.run import Run
 
 from ..support.sandbox import Site
 
