@@ -22,8 +22,7 @@ from pocl_cli.steps import partition, score
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.rows import training_rows
 
-from ..support.folders import memory_folder
-from ..support.recipe import changed, compose, recipe, write_inputs
+from ..support.recipe import changed, compose, recipe
 
 # Any of the shipped ones, and fusions of them.
 DIFFICULTIES: list[dict[str, Any]] = [
@@ -36,13 +35,6 @@ DIFFICULTIES: list[dict[str, Any]] = [
     {"name": "rrf", "k": 5, "members": ["ifd", {"name": "length", "part": "response", "weight": 0.5}]},
     {"name": "mean_rank", "members": ["rouge_l", "teacher_gap", {"name": "random", "seed": 3}]},
 ]
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with memory_folder() as folder:
-        write_inputs(folder / "inputs")
-        yield folder
 
 
 @pytest.fixture(scope="module")

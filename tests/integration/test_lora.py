@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,7 @@ from pocl_cli.models.source import resolve_teacher
 from pocl_cli.steps import distill
 from pocl_cli.steps.chain import Chain
 
-from ..support.folders import memory_folder
-from ..support.recipe import compose, distilled, recipe, write_inputs
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with memory_folder() as folder:
-        write_inputs(folder / "inputs")
-        yield folder
+from ..support.recipe import compose, distilled, recipe
 
 
 def lora_recipe(place: Path, outputs: str, *changes: str) -> list[str]:

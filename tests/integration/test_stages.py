@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,11 @@ from pocl_cli.steps.rows import training_rows
 from pocl_cli.training.journal import Journal
 from pocl_cli.training.measure import measure_cross_entropy
 
-from ..support.folders import memory_folder
 from ..support.processes import die_at_operation, forked
-from ..support.recipe import changed, compose, distilled, promised_hashes, recipe, write_inputs
+from ..support.recipe import changed, compose, distilled, promised_hashes, recipe
 from ..support.training import HARDWARE, dev_lines, read_consumed, read_lines, train_lines
 
 Distil = Callable[..., Artifact]
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with memory_folder() as folder:
-        write_inputs(folder / "inputs")
-        yield folder
 
 
 @pytest.fixture(scope="module")
