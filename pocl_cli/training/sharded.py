@@ -8,6 +8,7 @@ module's; and now and then they hold everything, so that the student can be eval
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,9 @@ class ShardedReplica(Replica):
             # The loss is divided by the tokens of all processes already: gradients are summed, not averaged.
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(1.0)
-        self._shards = dict(zip(_tensors(student), map(_as_shard, sharded.parameters()), strict=True))
+        self._shards: dict[Tensor, DTensor] = dict(
+            zip(student.parameters(), map(_as_shard, sharded.parameters()), strict=True)
+        )
         self._hold_parts()
         if student.teacher is not None and student.teacher.backbone is not None:
             for layer in decoder_layers(student.teacher.backbone):
@@ -107,9 +110,8 @@ class ShardedReplica(Replica):
         if value.ndim == 0:  # the count of steps
             return value
         num_rows = len(self._shards[parameter].to_local())
-        most_rows = -(
-            -len(value) // self.processes.size
-        )  # of the first processes; the last ones may have fewer, or none
+        # The first processes have so many, the last ones fewer, or none.
+        most_rows = math.ceil(len(value) / self.processes.size)
         return value.narrow(0, min(self.processes.rank * most_rows, len(value) - num_rows), num_rows)
 
     def make_whole(self) -> None:
@@ -187,10 +189,6 @@ def _second_student(student: StudentWithObjective) -> StudentWithObjective:
     known = {id(one): one for one in [*shared, *student.buffers()] if one is not None}
     known |= {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in student.parameters()}
     return copy.deepcopy(student, known)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return module.parameters()
 
 
 def _as_shard(parameter: nn.Parameter) -> DTensor:
