@@ -14,7 +14,7 @@ from pocl_cli.records import TokenisedRow
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
-from pocl_cli.validation import may_end_early
+from pocl_cli.validation import generates, may_end_early
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +87,8 @@ def _estimates(
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
         estimates["response tokens"] = round(sequences * response)
+        if generates(config):
+            estimates["the student's answers (estimate)"] = "as long as the responses of the rows"
         once = _Tokens(num_rows * mean, num_rows * response) if chain.stores_teacher else None
         return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
     except PoclError as error:
@@ -133,7 +135,7 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
         "disk (estimate)": f"{gib(disk)} while it runs, {gib(kept)} kept",
         **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),
-        "not counted": "dev evaluations, scoring",
+        "not counted": "dev evaluations, scoring" + (", the student's answers" if generates(chain.config) else ""),
     }
 
 
