@@ -53,7 +53,10 @@ class Case:
         return {name: sha256_file(folder / name) for name in FILES[self.step]}
 
 
-CASES = [Case("score", score.score_student), Case("score", score.score_teacher), Case("evaluate", evaluate.answer)]
+CASES = [
+    *(Case("score", part) for part in (score.score_student, score.score_attention, score.score_teacher)),
+    Case("evaluate", evaluate.answer),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.part.__name__)
