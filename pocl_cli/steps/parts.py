@@ -28,6 +28,8 @@ _PARTS = {
     "train": "pocl_cli.steps.train:train_student",
     "score_student": "pocl_cli.steps.score:score_student",
     "score_teacher": "pocl_cli.steps.score:score_teacher",
+    "answers_of_student": "pocl_cli.steps.stored_answers:answers_of_student",
+    "answers_of_teacher": "pocl_cli.steps.stored_answers:answers_of_teacher",
     "answer": "pocl_cli.steps.evaluate:answer",
 }
 

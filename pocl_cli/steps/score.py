@@ -1,4 +1,7 @@
-"""`pocl score`: measure every training row with the student and, where one is composed, the teacher."""
+"""`pocl score`: measure every training row with the student and, where one is composed, the teacher.
+
+A KD method that trains on answers gets them here as well.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
-from pocl_cli.records import ScoredRecord, TokenisedRow
+from pocl_cli.records import ScoredRecord, TokenisedRow, answers_of
 from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig
 from pocl_cli.steps import checks
@@ -30,6 +33,7 @@ from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.shard_files import SHARDS, ShardFiles
+from pocl_cli.steps.stored_answers import make_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training.measure import measure_cross_entropy
@@ -56,8 +60,10 @@ SCORES = MEASURED.append(pa.field("instruction", pa.string()))
 
 
 def run(run: Run) -> StepResult:
-    """Measures both models, one artifact each; the result is the student's."""
+    """Measures both models, one artifact each; the result is the student's scores."""
     chain = Chain(run)
+    for who in answers_of(run.config.kd_method):
+        make_answers(chain, who)
     results = [_measure(chain, who) for who in chain.measured]
     return results[-1]
 

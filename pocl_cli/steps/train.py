@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
@@ -25,7 +26,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.lora import Adapters
 from pocl_cli.models.vocabulary import align_vocabularies
-from pocl_cli.records import Stage, Subset
+from pocl_cli.records import Stage, Subset, answers_of
 from pocl_cli.schema import PoclConfig
 from pocl_cli.seeds import derive_seed
 from pocl_cli.steps.chain import Chain
@@ -34,10 +35,11 @@ from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.stages import stages_of
+from pocl_cli.steps.stored_answers import read_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
-from pocl_cli.training.loop import LoopSettings, TrainingJob, train
+from pocl_cli.training.loop import LoopSettings, Rows, TrainingJob, train
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
@@ -74,7 +76,9 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     hardware = set_up_hardware(config.hardware, rank=processes.local_rank)
 
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
-    rows = training_rows(config, load_tokenizer(chain.student))
+    tokenizer = load_tokenizer(chain.student)
+    rows = training_rows(config, tokenizer)
+    trained_on = _trained_on(chain, rows, tokenizer)
     subsets = _subsets(chain, rows)
     stages = config.curriculum(subsets)
     table = stages_of(config.train, stages)
@@ -97,7 +101,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
 
     # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    job = _job(config, student, loaded, rows, stages, table, folder, hardware, processes)
+    job = _job(config, student, loaded, rows, trained_on, stages, table, folder, hardware, processes)
     with ExitStack() as stack:
         if processes.is_first:
             slug = chain.student_key.slug
@@ -121,6 +125,13 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         _write_model(folder, chain, loaded, adapters, table, figures)
     processes.barrier()
     return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
+
+
+def _trained_on(chain: Chain, rows: TrainingRows, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The training rows: with their gold responses, or with the answers that the KD method trains on."""
+    for who in answers_of(chain.config.kd_method):
+        return read_answers(chain, who, rows.train, tokenizer)
+    return rows.train
 
 
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
@@ -172,6 +183,7 @@ def _job(
     student: StudentWithObjective,
     loaded: LoadedModel,
     rows: TrainingRows,
+    trained_on: Rows,
     stages: Sequence[Stage],
     table: Sequence[StageRow],
     folder: Path,
@@ -196,7 +208,7 @@ def _job(
         student=student,
         stages=stages,
         table=table,
-        rows=rows.train,
+        rows=trained_on,
         settings=settings,
         folder=folder,
         evaluate_dev=evaluate_dev if evaluates else None,
