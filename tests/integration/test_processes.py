@@ -119,6 +119,14 @@ def test_two_processes_when_they_train_then_every_step_has_the_numbers_of_one_pr
     )
 
 
+def test_audit_when_two_processes_train_then_says_what_it_says_of_one(undisturbed: Undisturbed) -> None:
+    alone, together = (
+        json.loads((run / "manifest.json").read_bytes())["audit"] for run in (undisturbed.alone, undisturbed.together)
+    )
+    assert together == alone
+    assert [(stage["stage"], stage["steps"], stage["subsets"]) for stage in alone] == [(0, 40, [0]), (1, 80, [0, 1])]
+
+
 def test_two_runs_when_side_by_side_in_two_processes_each_then_both_end(undisturbed: Undisturbed) -> None:
     assert undisturbed.together.name != undisturbed.others.name
     assert {path.name for path in undisturbed.together.iterdir()} == {path.name for path in undisturbed.alone.iterdir()}
