@@ -123,6 +123,12 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="it trains on answers, and plain text asks for none",
             fix="choose a data set with prompts, or another kd_method",
         )
+    if trains and generates(config) and not config.dataset.has_prompts:
+        yield ConfigError(
+            f"kd_method={config.kd_method.name} with dataset.format=text",
+            why="its student answers prompts while it is trained, and plain text has none",
+            fix="choose rows with prompts, or a method that trains on the rows alone (kd_method=fkl, jsd, …)",
+        )
     if trains and config.student.lora.rank and config.hardware.parallel == "fsdp":
         yield ConfigError(
             "student.lora with hardware.parallel=fsdp",
@@ -206,6 +212,11 @@ def may_end_early(config: PoclConfig) -> bool:
     """Whether stages may end by a rule; a scheduler of a plugin need not know of any."""
     rule: Convergence | None = getattr(config.curriculum, "convergence", None)
     return rule is not None and rule.metric is not None
+
+
+def generates(config: PoclConfig) -> bool:
+    """Whether the student answers prompts while it is trained; most KD methods know of no such thing."""
+    return bool(getattr(config.kd_method, "generates", False))
 
 
 def _stages_may_converge(config: PoclConfig) -> Iterator[PoclError]:

@@ -22,6 +22,7 @@ from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
+from pocl_cli.validation import generates
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
@@ -139,8 +140,12 @@ class Chain:
 
     @property
     def stores_teacher(self) -> bool:
-        """Whether the teacher's hidden states are stored: by `teacher.store`, for a method that reads them."""
-        return self.teacher is not None and self.config.teacher.store and self.config.kd_method.needs_teacher
+        """Whether the teacher's hidden states are stored: by `teacher.store`, for a method that reads them.
+
+        On answers that the student writes it has to run anyway.
+        """
+        reads = self.config.kd_method.needs_teacher and not generates(self.config)
+        return self.teacher is not None and self.config.teacher.store and reads
 
     @property
     def head_key(self) -> ArtifactKey:

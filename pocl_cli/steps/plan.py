@@ -14,7 +14,7 @@ from pocl_cli.records import TokenisedRow, answers_of
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
-from pocl_cli.validation import may_end_early
+from pocl_cli.validation import generates, may_end_early
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +89,8 @@ def _estimates(
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
         estimates["response tokens"] = round(sequences * response)
+        if generates(config):
+            estimates["the student's answers (estimate)"] = "as long as the responses of the rows"
         once = _Tokens(num_rows * mean, num_rows * response)
         estimates |= _answers(chain, once)
         return estimates | _costs(
@@ -158,7 +160,7 @@ def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Token
         "disk (estimate)": f"{gib(disk)} while it runs, {gib(kept)} kept",
         **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),
-        "not counted": "dev evaluations, scoring",
+        "not counted": "dev evaluations, scoring" + (", the student's answers" if generates(chain.config) else ""),
     }
 
 

@@ -41,8 +41,10 @@ from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
 from pocl_cli.training.loop import LoopSettings, Rows, TrainingJob, train
 from pocl_cli.training.parallel import Processes
+from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
+from pocl_cli.validation import generates
 
 
 class Trained(NamedTuple):
@@ -153,6 +155,8 @@ def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Ha
     headed = split_model(loaded.model)
     teacher, teacher_tokenizer = None, None
     if chain.config.kd_method.needs_teacher and chain.teacher is not None:
+        if chain.config.teacher.store and not chain.stores_teacher:
+            get_logger().info("the teacher runs in every step: what the student has just written is not stored")
         teacher, teacher_tokenizer = teacher_of(chain, rows.train, hardware), load_tokenizer(chain.teacher)
     alignment = align_vocabularies(
         student_tokenizer=loaded.tokenizer,
@@ -212,7 +216,18 @@ def _job(
         settings=settings,
         folder=folder,
         evaluate_dev=evaluate_dev if evaluates else None,
+        rollout=_rollout(config, loaded) if generates(config) else None,
         processes=processes,
+    )
+
+
+def _rollout(config: PoclConfig, loaded: LoadedModel) -> Rollout:
+    return Rollout(
+        decoding=config.kd_method.decoding,
+        seed=config.train.seed,
+        eos_token_ids=loaded.eos_token_ids,
+        pad_token_id=loaded.pad_token_id,
+        max_tokens=config.dataset.max_tokens,
     )
 
 

@@ -249,3 +249,14 @@ def test_multi_error_when_it_crosses_a_process_then_it_keeps_its_errors(composed
     again = pickle.loads(pickle.dumps(caught.value))
     assert [str(error) for error in again.errors] == [str(error) for error in caught.value.errors]
     assert again.exit_code == 2
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.5, True), (0.0, False)])
+def test_method_whose_student_answers_when_the_rows_have_no_prompts_then_is_refused(composed, share, refused):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("kd_method/gkd").kd_method)
+    changes = {"kd_method": {**values, "student_share": share}, "dataset.format": "text"}
+
+    told = mistakes(composed, changes)
+
+    assert any("kd_method=gkd with dataset.format=text" in one for one in told) is refused

@@ -36,6 +36,8 @@ CASES = [
     {"name": "ranking", "base": {"name": "rkl", "t_squared": True}, "weight": 0.7, "top_k": 4},
     {"name": "ranking", "base": {"name": "fkl", "t_squared": False}, "weight": 2.0, "top_k": 50},
 ]
+SAMPLED = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8}
+GKD = {"name": "gkd", "base": {"name": "tvd", "t_squared": True}, "student_share": 0.5, **SAMPLED}
 LIMIT_OF_FORWARD = ({"name": "symkl", "forward_weight": 1.0}, {"name": "abkd", "alpha": 1.0, "beta": 0.0})
 
 
@@ -217,6 +219,7 @@ def test_divergences_on_the_oracle_logits_equal_the_oracle_file():
         ({"name": "taid", **TAID, "t_start": 0.0}, None),
         ({"name": "todi", "sharpness": 0.0}, {"name": "symkl", "forward_weight": 0.5}),
         ({"name": "ranking", "base": {"name": "tvd", "t_squared": True}, "weight": 0.0, "top_k": 3}, {"name": "tvd"}),
+        (GKD, {"name": "tvd"}),
     ],
     ids=str,
 )
@@ -366,6 +369,12 @@ def test_divergence_where_the_student_rules_out_a_likely_token_is_its_true_value
         {"name": "ranking", "base": {"name": "sft"}, "weight": 1.0, "top_k": 5},
         {"name": "ranking", "base": {"name": "jsd", "t_squared": True}, "weight": 1.0, "top_k": 5},
         {"name": "ranking", "base": {"name": "fkl", "t_squared": True}, "weight": 1.0, "top_k": 1},
+        {"name": "ranking", "base": GKD, "weight": 1.0, "top_k": 5},
+        {**GKD, "base": GKD},
+        {**GKD, "base": {"name": "sft"}},
+        {**GKD, "student_share": 1.1},
+        {**GKD, "top_p": 0.0},
+        {**GKD, "t_squared": True},
     ],
     ids=str,
 )
