@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from pocl_cli.losses.on_policy import Part
 from pocl_cli.records import AnswerDecoding
 from pocl_cli.registry import kd_methods
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pocl_cli.losses.evolving import MethodState
 
 
 @kd_methods.register("seqkd")
@@ -29,6 +32,11 @@ class TeacherAnswers:
     answers_of: ClassVar[frozenset[str]] = frozenset({"teacher"})
     t_squared: ClassVar[bool] = False
     decoding: AnswerDecoding
+
+    def rows_for_step(
+        self, seed: int, step: int, progress: float, state: MethodState, kd_ratio: float
+    ) -> tuple[Part, ...]:
+        return (Part("teacher", 0.0),)
 
     def __call__(self, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
         raise AssertionError("seqkd has no distillation term: the objective must not ask for it")

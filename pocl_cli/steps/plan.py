@@ -93,9 +93,11 @@ def _estimates(
             estimates["the student's answers (estimate)"] = "as long as the responses of the rows"
         once = _Tokens(num_rows * mean, num_rows * response)
         estimates |= _answers(chain, once)
-        return estimates | _costs(
-            chain, sizes, _Tokens(sequences * mean, sequences * response), once if chain.stores_teacher else None
-        )
+        # Each row counts once for each model whose answer to it is trained on.
+        times = max(1, len(answers_of(config.kd_method)))
+        trained = _Tokens(times * sequences * mean, times * sequences * response)
+        stored = _Tokens(times * once.total, times * once.response) if chain.stores_teacher else None
+        return estimates | _costs(chain, sizes, trained, stored)
     except PoclError as error:
         return estimates | {"tokens, memory, disk, time": f"not known: {error}"}
 

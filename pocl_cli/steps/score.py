@@ -149,10 +149,12 @@ def _write(folder: Path, rows: TrainingRows, scored: Sequence[ScoredRecord]) -> 
 
 
 def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
-    """Cross entropy; where the teacher's hidden states are stored, the same pass stores them."""
+    """Cross entropy; where the teacher's hidden states on these rows are stored, the same pass stores them."""
     assert chain.teacher is not None, "a chain without a teacher has no teacher to measure"
     num_real = num_real_tokens(load_tokenizer(chain.teacher))
-    teacher = teacher_of(chain, rows.train, hardware)
+    teacher = teacher_of(
+        chain, rows.train, hardware, stored=chain.stores_teacher and not answers_of(chain.config.kd_method)
+    )
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
         measured = measure_teacher(teacher, shard, num_real_tokens=num_real, hardware=hardware)

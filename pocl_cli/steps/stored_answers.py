@@ -104,7 +104,7 @@ def read_answers(chain: Chain, who: str, gold: TokenisedDataset, tokenizer: PreT
             fix=f"delete them and run: {chain.run.command_for('score')}",
         )
     get_logger().info("the responses are answers of the %s to %s", who, shown(artifact.manifest.extra))
-    return AnsweredRows(gold, table["token_ids"], table["ended"], eos_id=eos_id(tokenizer))
+    return AnsweredRows(who, gold, table["token_ids"], table["ended"], eos_id=eos_id(tokenizer))
 
 
 def shown(figures: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from pocl_cli import tables
@@ -39,9 +38,11 @@ from pocl_cli.steps.stored_answers import read_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
-from pocl_cli.training.loop import LoopSettings, Rows, TrainingJob, train
+from pocl_cli.training.answered_rows import Together
+from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.rollout import Rollout
+from pocl_cli.training.shards import Rows
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 from pocl_cli.validation import generates
@@ -80,7 +81,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
     tokenizer = load_tokenizer(chain.student)
     rows = training_rows(config, tokenizer)
-    trained_on = _trained_on(chain, rows, tokenizer)
+    answers = {who: read_answers(chain, who, rows.train, tokenizer) for who in answers_of(config.kd_method)}
     subsets = _subsets(chain, rows)
     stages = config.curriculum(subsets)
     table = stages_of(config.train, stages)
@@ -98,12 +99,13 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     adapters = None
     if config.student.lora.rank:
         adapters = Adapters(loaded.model, config.student.lora, derive_seed(config.train.seed, "lora"))
-    student = _student(chain, loaded, rows, hardware)
+    student = _student(chain, loaded, Together(answers) if answers else rows.train, hardware)
     if processes.is_first:
         checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
 
     # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    job = _job(config, student, loaded, rows, trained_on, stages, table, folder, hardware, processes)
+    job = _job(config, student, loaded, rows, stages, table, folder, hardware, processes)
+    job = replace(job, answers=answers)
     with ExitStack() as stack:
         if processes.is_first:
             slug = chain.student_key.slug
@@ -129,13 +131,6 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     return Trained(state.step, state.num_tokens, figures, consumed)._asdict()
 
 
-def _trained_on(chain: Chain, rows: TrainingRows, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The training rows: with their gold responses, or with the answers that the KD method trains on."""
-    for who in answers_of(chain.config.kd_method):
-        return read_answers(chain, who, rows.train, tokenizer)
-    return rows.train
-
-
 def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
     if not chain.config.curriculum.needs_partition:
         return [Subset(0, rows.train.ids)]
@@ -151,13 +146,17 @@ def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
     return subsets
 
 
-def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Hardware) -> StudentWithObjective:
+def _student(chain: Chain, loaded: LoadedModel, rows: Rows, hardware: Hardware) -> StudentWithObjective:
+    """The student with its teacher, which is asked for `rows`."""
     headed = split_model(loaded.model)
     teacher, teacher_tokenizer = None, None
     if chain.config.kd_method.needs_teacher and chain.teacher is not None:
         if chain.config.teacher.store and not chain.stores_teacher:
             get_logger().info("the teacher runs in every step: what the student has just written is not stored")
-        teacher, teacher_tokenizer = teacher_of(chain, rows.train, hardware), load_tokenizer(chain.teacher)
+        teacher, teacher_tokenizer = (
+            teacher_of(chain, rows, hardware, stored=chain.stores_teacher),
+            load_tokenizer(chain.teacher),
+        )
     alignment = align_vocabularies(
         student_tokenizer=loaded.tokenizer,
         student_width=headed.num_logits,
@@ -187,7 +186,6 @@ def _job(
     student: StudentWithObjective,
     loaded: LoadedModel,
     rows: TrainingRows,
-    trained_on: Rows,
     stages: Sequence[Stage],
     table: Sequence[StageRow],
     folder: Path,
@@ -212,7 +210,7 @@ def _job(
         student=student,
         stages=stages,
         table=table,
-        rows=trained_on,
+        rows=rows.train,
         settings=settings,
         folder=folder,
         evaluate_dev=evaluate_dev if evaluates else None,
