@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def teacher_of(chain: Chain, rows: Rows, hardware: Hardware, *, stored: bool) -> Teacher:
-    """The teacher for `rows`: all training rows of the chain, or all stored answers to them. `stored`: from its stored hidden states.
+    """The teacher for `rows`: all training rows of the chain, or all stored answers to them.
+
+    `stored`: read from its stored hidden states, to which missing ones are added; else it runs in every step.
 
     Raises:
         ArtifactError: a shard of its stored hidden states is damaged, or the model is.

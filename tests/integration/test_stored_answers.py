@@ -147,3 +147,42 @@ def test_training_when_the_answers_are_of_other_rows_or_damaged_then_is_refused(
     again = changed(scoring, train=run.config.train.model_copy(update={"seed": 5}))
     with pytest.raises(ArtifactError, match=r"answers\.parquet"):
         distill.run(again)
+
+
+def test_distillm2_when_the_teacher_is_stored_then_only_answers_are_and_the_numbers_are_those_of_the_online_one(
+    place: Path, tmp_path: Path
+) -> None:
+    words = (
+        "kd_method=distillm2",
+        "kd_method.decoding.max_new_tokens=6",
+        "train.evaluate_every=0",
+        "student.dropout=0",
+    )
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        run = compose_run("distill", recipe(place / "inputs", tmp_path / "out", *words))
+    losses = []
+    for number, store in enumerate((True, False)):
+        teacher = run.config.teacher.model_copy(update={"store": store})
+        made = distilled(changed(run, outputs=tmp_path / str(number), teacher=teacher))
+        losses.append([json.loads(line)["loss"] for line in (made.path / "metrics.jsonl").read_text().splitlines()])
+        assert set(made.manifest.inputs) == {"partition", "teacher_answers", "student_answers"}
+        (audited, _) = made.manifest.audit or []
+        assert audited["num_rows"] == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    (shard,) = (tmp_path / "0" / "teacher_signals").glob("*-shard-*")
+    ids = pq.read_table(shard / "rows.parquet")["id"].to_pylist()
+    assert sorted({row_id.partition("@")[2] for row_id in ids}) == ["student", "teacher"]
+    assert len(ids) == 48
+
+
+def test_plan_when_the_method_trains_on_answers_then_says_whether_they_are_there_and_what_they_take(
+    run: Run, trained: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = run.config.plan.model_copy(update={"enabled": True})
+    assert distill.run(changed(run, plan=planned)) is None
+    assert "stored: teacher-on-local-" in capsys.readouterr().err
+    assert distill.run(changed(run, plan=planned, outputs=tmp_path)) is None
+    shown = capsys.readouterr().err
+    assert "made first (pocl score, or upstream=auto)" in shown
+    assert "answers of the teacher (estimate)" in shown
+    assert list(tmp_path.iterdir()) == []
