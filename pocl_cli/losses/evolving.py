@@ -45,6 +45,20 @@ class Evolving(Protocol):
         ...
 
 
+@runtime_checkable
+class HeedsDev(Protocol):
+    """What a KD method has besides where its state depends on the dev evaluations."""
+
+    def after_dev(self, figures: Mapping[str, float], state: MethodState) -> MethodState:
+        """The state after a dev evaluation, of which the first comes before the first step. Pure, too.
+
+        Args:
+            figures: `dev_cross_entropy` and what else was measured, over all processes.
+            state: that of the method.
+        """
+        ...
+
+
 def for_step(method: KDMethod, progress: float, state: MethodState) -> KDMethod:
     """The method that a step uses: `method` itself where it does not change."""
     return method.for_step(progress, state) if isinstance(method, Evolving) else method
@@ -53,3 +67,8 @@ def for_step(method: KDMethod, progress: float, state: MethodState) -> KDMethod:
 def after_step(method: KDMethod, progress: float, state: MethodState, kd: Tensor) -> MethodState:
     """The state after a step, as it was where the method does not change."""
     return method.after_step(progress, state, kd) if isinstance(method, Evolving) else state
+
+
+def after_dev(method: KDMethod, figures: Mapping[str, float], state: MethodState) -> MethodState:
+    """The state after a dev evaluation, as it was where the method does not heed them."""
+    return method.after_dev(figures, state) if isinstance(method, HeedsDev) else state

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field
 
 from pocl_cli.losses import evolving
+from pocl_cli.losses.composition import BaseMethod
 from pocl_cli.losses.divergence import LOG_ZERO
 from pocl_cli.registry import kd_methods
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from pocl_cli.losses.evolving import MethodState
-
-
-def _build_base(values: Any) -> Any:
-    try:
-        base = kd_methods.build(values)
-    except ValidationError as error:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error
-    if not base.needs_teacher:
-        raise ValueError(f"{base.name} has no divergence; choose a method with a teacher")
-    return base
 
 
 @kd_methods.register("ranking")
@@ -42,7 +35,7 @@ class Ranking:
     """
 
     needs_teacher: ClassVar[bool] = True
-    base: Annotated[Any, BeforeValidator(_build_base)]
+    base: BaseMethod
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     top_k: Annotated[int, Field(ge=2)]
 
@@ -55,6 +48,9 @@ class Ranking:
 
     def after_step(self, progress: float, state: MethodState, kd: Tensor) -> MethodState:
         return evolving.after_step(self.base, progress, state, kd)
+
+    def after_dev(self, figures: Mapping[str, float], state: MethodState) -> MethodState:
+        return evolving.after_dev(self.base, figures, state)
 
     def __call__(self, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
         divergence_N: Tensor = self.base(student_logprobs_NV, teacher_logprobs_NV)

@@ -25,7 +25,7 @@ class DecodedRow:
         prompt: token ids; several rows may continue one prompt, each with a seed of its own.
         limit: largest number of new tokens.
         tokens: the new tokens so far, without EOS.
-        ended: EOS has come.
+        end_token: the EOS that has come.
     """
 
     prompt: Sequence[int]
@@ -33,11 +33,11 @@ class DecodedRow:
     limit: int
     ngrams: NoRepeatNgrams | None
     tokens: list[int] = field(default_factory=list)
-    ended: bool = False
+    end_token: int | None = None
 
     @property
     def done(self) -> bool:
-        return self.ended or len(self.tokens) >= self.limit
+        return self.end_token is not None or len(self.tokens) >= self.limit
 
     def banned(self) -> Sequence[int]:
         """The tokens that the no-repeat rule forbids next."""
@@ -46,7 +46,7 @@ class DecodedRow:
     def take(self, token: int, eos_token_ids: frozenset[int]) -> None:
         """Adds the row's next token; EOS ends it and is not kept."""
         if token in eos_token_ids:
-            self.ended = True
+            self.end_token = token
             return
         self.tokens.append(token)
         if self.ngrams is not None:

@@ -41,10 +41,15 @@ _REFILL_ABOVE = 1 / 8
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A generated answer: `token_ids` without EOS; `ended` is False where a length limit cut it."""
+    """A generated answer: `token_ids` without EOS, and the EOS that ended it; None where a length limit cut it."""
 
     token_ids: tuple[int, ...]
-    ended: bool
+    end_token: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended by itself."""
+        return self.end_token is not None
 
 
 class PromptReader(Protocol):
@@ -123,7 +128,7 @@ def generate(
                     on_finished(num_finished)
     finally:
         headed.model.train(was_training)
-    return [[Generated(tuple(row.tokens), row.ended) for row in its_rows] for its_rows in rows]
+    return [[Generated(tuple(row.tokens), row.end_token) for row in its_rows] for its_rows in rows]
 
 
 def _row(prompt: Sequence[int], seed: int, decoding: DecodingConfig, context_length: int | None) -> DecodedRow:

@@ -1,4 +1,7 @@
-"""`pocl score`: measure every training row with the student and, where one is composed, the teacher."""
+"""`pocl score`: measure every training row with the student and, where one is composed, the teacher.
+
+A KD method that trains on answers gets them here as well.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
-from pocl_cli.records import ATTENTION, AttentionRecord, ScoredRecord, TokenisedRow
+from pocl_cli.records import ATTENTION, AttentionRecord, ScoredRecord, TokenisedRow, answers_of
 from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig
 from pocl_cli.steps import checks
@@ -30,6 +33,7 @@ from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.shard_files import SHARDS, ShardFiles
+from pocl_cli.steps.stored_answers import make_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training.measure import measure_cross_entropy
@@ -74,8 +78,13 @@ class _Measuring(NamedTuple):
 
 
 def run(run: Run) -> StepResult:
-    """Measures both models, and the student's attention where the difficulty reads it; the result is the student's."""
+    """Measures both models, and the student's attention where the difficulty reads it; the result is the student's.
+
+    A KD method that trains on stored answers has them made first.
+    """
     chain = Chain(run)
+    for who in answers_of(run.config.kd_method):
+        make_answers(chain, who)
     results = [_measure(chain, who) for who in chain.measured]
     return results[-1]
 
@@ -168,10 +177,12 @@ def _write(folder: Path, rows: TrainingRows, scored: Sequence[Measured], schema:
 
 
 def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
-    """Cross entropy; where the teacher's hidden states are stored, the same pass stores them."""
+    """Cross entropy; where the teacher's hidden states on these rows are stored, the same pass stores them."""
     assert chain.teacher is not None, "a chain without a teacher has no teacher to measure"
     num_real = num_real_tokens(load_tokenizer(chain.teacher))
-    teacher = teacher_of(chain, rows.train, hardware)
+    teacher = teacher_of(
+        chain, rows.train, hardware, stored=chain.stores_teacher and not answers_of(chain.config.kd_method)
+    )
 
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
         measured = measure_teacher(teacher, shard, num_real_tokens=num_real, hardware=hardware)

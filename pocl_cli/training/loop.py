@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,30 +18,25 @@ from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
 from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
-from pocl_cli.losses.evolving import MethodState, after_step, for_step
-from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.losses.evolving import MethodState, after_dev, after_step, for_step
+from pocl_cli.losses.on_policy import rows_for_step
+from pocl_cli.records import Stage
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
 from pocl_cli.training.journal import Journal, Pace, SilentJournal
-from pocl_cli.training.objective import collate
 from pocl_cli.training.optimizer import make_optimizer
 from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.replica import Replica
-from pocl_cli.training.sampler import Sampler, micro_batches
+from pocl_cli.training.sampler import Sampler
 from pocl_cli.training.signals import Signals
 from pocl_cli.training.stage_rows import Measured, RowChoice
 from pocl_cli.training.state import Best, TrainingState
+from pocl_cli.training.step import Rows, accumulate, of_rollout, rows_of_step
 
 if TYPE_CHECKING:
-    from pocl_cli.losses.divergence import KDMethod
+    from pocl_cli.training.rollout import Rollout
     from pocl_cli.training.student import StudentWithObjective
-
-
-class Rows(Protocol):
-    """Tokenised training rows by record id."""
-
-    def row(self, record_id: str) -> TokenisedRow: ...
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,9 @@ class LoopSettings:
 class TrainingJob:
     """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
 
-    It is told the stage's index: the stages may be measured on different numbers of rows. `choice`, where there is one,
-    says at the beginning of a stage which rows it has.
+    It is told the stage's index: the stages may be measured on different numbers of rows. `rollout` is there for a KD
+    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers. `choice`,
+    where there is one, says at the beginning of a stage which rows it has.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -80,6 +75,8 @@ class TrainingJob:
     settings: LoopSettings
     folder: Path
     evaluate_dev: Callable[[int], dict[str, float]] | None
+    rollout: Rollout | None = None
+    answers: Mapping[str, Rows] = field(default_factory=dict)
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
@@ -113,7 +110,9 @@ def train(job: TrainingJob) -> TrainingState:
         job.show(state.step)
     elif job.evaluate_dev is not None:
         with replica.whole():
-            journal.dev_line(job.evaluate_dev(0), step=0, stage=0, epoch=0)
+            figures = job.evaluate_dev(0)
+            journal.dev_line(figures, step=0, stage=0, epoch=0)
+        method_state = after_dev(student.method, figures, method_state)
 
     rates = learning_rates(job.stages, _schedule_steps(job), start=settings.lr, end=settings.lr_end)
     saved, optimizer, guard = state, None, None
@@ -147,7 +146,7 @@ def train(job: TrainingJob) -> TrainingState:
                 )  # fmt: skip
             guard = FiniteGuard(stage, sampler, optimizer, first_step=state.step - state.stage_step + 1)
             if state.dev_due:
-                state = _evaluate_dev(job, replica, journal, state, stage, sampler, signals)
+                state, method_state = _evaluate_dev(job, replica, journal, state, method_state, stage, sampler, signals)
 
             before = sum(one["steps"] for one in job.table[: state.stage])
             waited = _Waited(state)
@@ -158,25 +157,32 @@ def train(job: TrainingJob) -> TrainingState:
                     break
 
                 # ── one optimizer step, without waiting for the device ────────────────────────────────────────────
-                torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                 lr = rate.at(stage_step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
                 record_ids = sampler.global_batch(stage_step)
-                rows = [job.rows.row(record_id) for record_id in record_ids]
-                num_tokens = sum(len(one.response_ids) for one in rows)
+                gold = [job.rows.row(record_id) for record_id in record_ids]
                 replica.module.train()
                 optimizer.zero_grad(set_to_none=True)
-                method = for_step(student.method, (before + stage_step) / num_steps, method_state)
+                progress = (before + stage_step) / num_steps
+                method = for_step(student.method, progress, method_state)
+                asked = rows_for_step(student.method, settings.seed, state.step, progress, method_state, stage.kd_ratio)
                 with signals.at_once():
-                    loss, ce, kd = _accumulate(job, replica, rows, stage, method, num_tokens)
+                    parts = rows_of_step(asked, gold, state.step, replica, job.rollout, job.answers)
+                    torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
+                    loss, ce, kd = accumulate(
+                        parts,
+                        replica,
+                        method=method,
+                        temperature=stage.temperature,
+                        max_tokens=settings.max_tokens_per_micro_batch,
+                    )
                 grad_norm = replica.clip_gradients(settings.grad_clip)
                 guard.step(stage_step, loss, grad_norm)
 
-                state = replace(
-                    state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=state.num_tokens + num_tokens
-                )
+                num_tokens = state.num_tokens + sum(one.num_tokens for one in parts)
+                state = replace(state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=num_tokens)
                 method_state = after_step(student.method, (before + stage_step + 1) / num_steps, method_state, kd)
 
                 # ── log ───────────────────────────────────────────────────────────────────────────────────────────
@@ -197,6 +203,7 @@ def train(job: TrainingJob) -> TrainingState:
                             "temperature": stage.temperature,
                             "kd_ratio": stage.kd_ratio,
                             "num_tokens": state.num_tokens,
+                            **(of_rollout(parts) if job.rollout is not None else {}),
                         },
                         pace=waited.pace(state),
                     )
@@ -209,7 +216,9 @@ def train(job: TrainingJob) -> TrainingState:
                 if job.evaluate_dev is not None and epoch_ends and due:
                     guard.refuse()
                     state = replace(state, dev_due=True)
-                    state = _evaluate_dev(job, replica, journal, state, stage, sampler, signals)
+                    state, method_state = _evaluate_dev(
+                        job, replica, journal, state, method_state, stage, sampler, signals
+                    )
                     waited = _Waited(state, note=waited.note)
 
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
@@ -270,42 +279,16 @@ def _keeps_optimizer(job: TrainingJob, index: int) -> bool:
     return 0 < index < len(job.stages) and not job.stages[index].restart_optimizer
 
 
-def _accumulate(
-    job: TrainingJob, replica: Replica, rows: Sequence[TokenisedRow], stage: Stage, method: KDMethod, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward and backward over a global batch, each process over its share; loss, CE and KD per response token of it.
-
-    Dividing by the response tokens of the whole batch makes the sum over processes what one process would have had.
-    """
-    device = job.student.backbone.device
-    # MPS has no float64.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=dtype, device=device)
-    split = partial(micro_batches, max_tokens=job.settings.max_tokens_per_micro_batch, packs=job.student.packs)
-    for group in replica.micro_batches(rows, split):
-        output = replica.add_gradients(
-            collate(group),
-            temperature=stage.temperature,
-            kd_ratio=stage.kd_ratio,
-            normaliser=max(num_tokens, 1),
-            method=method,
-        )
-        ce, kd = output.ce_sum / max(num_tokens, 1), output.kd_sum / max(num_tokens, 1)
-        totals += torch.stack([output.loss.detach(), ce, kd])
-    replica.sum_gradients()
-    loss, ce, kd = job.processes.sum(totals)
-    return loss, ce, kd
-
-
 def _evaluate_dev(
     job: TrainingJob,
     replica: Replica,
     journal: Journal,
     state: TrainingState,
+    method_state: MethodState,
     stage: Stage,
     sampler: Sampler,
     signals: Signals,
-) -> TrainingState:
+) -> tuple[TrainingState, MethodState]:
     """Evaluates the student on the dev rows; saves it where it beats the stage's best so far."""
     assert job.evaluate_dev is not None, "an evaluation is due only where there is one"
     with replica.whole():
@@ -314,14 +297,16 @@ def _evaluate_dev(
         epoch = sampler.epoch(state.stage_step - 1) + 1
         journal.dev_line(figures, step=state.step, stage=stage.index, epoch=epoch)
         state = replace(state, dev_due=False).after(figures, stage.convergence, epoch)
+        method_state = after_dev(job.student.method, figures, method_state)
         if not job.settings.keep_best or (state.best is not None and not state.best.is_beaten_by(figures)):
-            return state
+            return state, method_state
         written = (
             checkpoint.save_best(_checkpoints(job), state.step, job.student.backbone) if job.processes.is_first else ""
         )
     job.processes.barrier()
     sha256 = written or checkpoint.best_sha256(_checkpoints(job), state.step)
-    return replace(state, best=Best(state.step, figures.get("dev_rouge_l"), figures["dev_cross_entropy"], sha256))
+    best = Best(state.step, figures.get("dev_rouge_l"), figures["dev_cross_entropy"], sha256)
+    return replace(state, best=best), method_state
 
 
 def _save(

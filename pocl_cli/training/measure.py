@@ -70,7 +70,7 @@ def measure_and_generate(
     Raises NonFiniteError, which names records, where a response's cross entropy or an answer's logits are not finite.
     """
     reader = _ScoringReader(headed, rows, num_real_tokens, hardware)
-    with hardware.autocast(), _records_named(rows):
+    with hardware.autocast(), records_named(rows):
         answers = generate(
             headed,
             [row.prompt_ids for row in rows],
@@ -91,7 +91,7 @@ def measure_and_generate(
 
 
 @contextmanager
-def _records_named(rows: Sequence[TokenisedRow]) -> Iterator[None]:
+def records_named(rows: Sequence[TokenisedRow]) -> Iterator[None]:
     """Says of what generation refuses whose answers it was making."""
     try:
         yield

@@ -283,6 +283,23 @@ def test_distill_when_killed_at_a_file_operation_then_ends_in_the_same_bytes(tmp
     assert promised_hashes(distilled(tiny.run_in(outputs)).path) == tiny.undisturbed
 
 
+def test_distill_on_the_students_own_answers_when_killed_then_ends_in_the_same_bytes(tmp_path):
+    write_inputs(tmp_path / "inputs")
+    words = ["kd_method=gkd", "kd_method.max_new_tokens=6"]
+    run = compose(recipe(tmp_path / "inputs", tmp_path / "outputs", *words))
+    undisturbed = distilled(changed(run, outputs=tmp_path / "undisturbed"))
+
+    assert forked(lambda: distilled(changed(run, tracker=DyingTracker(13)))) == signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "outputs") > ""
+
+    assert promised_hashes(distilled(run).path) == promised_hashes(undisturbed.path)
+    lines = train_lines(undisturbed.path)
+    assert {line["generated_rows"] for line in lines} == {0, 3}
+    assert all(1 <= line["generated_tokens"] <= 6 for line in lines if line["generated_rows"])
+    # Of answers that have just been written, nothing is stored.
+    assert not list((tmp_path / "outputs").glob("teacher_signals/*"))
+
+
 def test_distill_when_every_checkpoint_is_damaged_then_stops_with_exit_code_4(tmp_path, tiny):
     outputs = tmp_path / "outputs"
     forked(lambda: distilled(tiny.run_in(outputs, tracker=DyingTracker(20))))

@@ -30,6 +30,7 @@ from pocl_cli.records import Record, Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import LoopSettings, TrainingJob
 from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.student import StudentWithObjective
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -172,8 +173,16 @@ def make_job(
         settings=chosen,
         folder=folder,
         evaluate_dev=(lambda stage: dev_figures(student)) if evaluates else None,
+        rollout=make_rollout(student, chosen.seed) if getattr(student.method, "generates", False) else None,
         track=track,
     )
+
+
+def make_rollout(student: StudentWithObjective, seed: int) -> Rollout:
+    """As the toy tokenizer and the data set have it; prompts of toy rows leave room for 64 tokens in all."""
+    decoding = student.method.decoding  # type: ignore[attr-defined]
+    end = toy_tokenizer().eos_token_id
+    return Rollout(decoding=decoding, seed=seed, eos_token_ids={end}, pad_token_id=0, max_tokens=64)
 
 
 def dev_figures(student: StudentWithObjective) -> dict[str, float]:

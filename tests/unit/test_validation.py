@@ -47,6 +47,8 @@ def mistakes(composed: Composed, changes: dict[str, Any], step: str = "distill")
     return [str(error) for error in caught.value.errors]
 
 
+DRAWN = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "no_repeat_ngram_size": 0, "seed": 1}
+SEQKD = {"name": "seqkd", "decoding": DRAWN}
 MISTAKES = [
     ({"train.lrr": 1}, ["unknown key 'train.lrr'", "did you mean 'train.lr'?"]),
     ({"kd_method.alpha": 1}, ["unknown key 'kd_method.alpha'", "has name, t_squared", "sfkl and srkl have it"]),
@@ -78,6 +80,12 @@ MISTAKES = [
     ({"student.path": None}, ["section 'student' contradicts itself", "one of path, experiment or architecture"]),
     ({"train": "fast"}, ["bad value train='fast'"]),
     ({"teacher.path": None, "teacher.name": "none"}, ["kd_method=fkl needs a teacher", "kd_method=sft"]),
+    (
+        {"kd_method": SEQKD, "teacher.path": None, "teacher.name": "none"},
+        ["kd_method=seqkd needs a teacher", "kd_method=sft"],
+    ),
+    ({"kd_method": SEQKD, "dataset.format": "text"}, ["kd_method=seqkd with dataset.format=text"]),
+    ({"kd_method": {**SEQKD, "decoding": {**DRAWN, "top_p": 0}}}, ["bad value kd_method.decoding.top_p=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 5}, ["dataset.dev_size=5 takes all of dataset.limit=5", "dev_size=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 2}, ["curriculum.stages=4 is more than there are training rows"]),
     ({"train.dev_rows": [9, 9]}, ["train.dev_rows=[9, 9] does not fit curriculum.stages=4", "2 numbers for 4 stages"]),
@@ -241,3 +249,14 @@ def test_multi_error_when_it_crosses_a_process_then_it_keeps_its_errors(composed
     again = pickle.loads(pickle.dumps(caught.value))
     assert [str(error) for error in again.errors] == [str(error) for error in caught.value.errors]
     assert again.exit_code == 2
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.5, True), (0.0, False)])
+def test_method_whose_student_answers_when_the_rows_have_no_prompts_then_is_refused(composed, share, refused):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("kd_method/gkd").kd_method)
+    changes = {"kd_method": {**values, "student_share": share}, "dataset.format": "text"}
+
+    told = mistakes(composed, changes)
+
+    assert any("kd_method=gkd with dataset.format=text" in one for one in told) is refused

@@ -72,9 +72,9 @@ def plain_answer(
         cdf = logits.softmax(-1).cumsum(-1)
         token = int((cdf <= uniforms([seed], [step])[0] * cdf[-1]).sum())
         if token in ends:
-            return Generated(tuple(tokens[len(prompt) :]), True)
+            return Generated(tuple(tokens[len(prompt) :]), token)
         tokens.append(token)
-    return Generated(tuple(tokens[len(prompt) :]), False)
+    return Generated(tuple(tokens[len(prompt) :]), None)
 
 
 def some_ends(model: PreTrainedModel, **options: Any) -> list[int]:
@@ -96,8 +96,8 @@ def transformers_greedy(model: PreTrainedModel, prompt: Sequence[int], ngram: in
         pad_token_id=0,
     )
     tokens = output[0, len(prompt) :].tolist()
-    ended = tokens[-1] in ends
-    return Generated(tuple(tokens[:-1] if ended else tokens), ended)
+    end = tokens[-1] if tokens[-1] in ends else None
+    return Generated(tuple(tokens if end is None else tokens[:-1]), end)
 
 
 @pytest.mark.parametrize("ngram", [0, 2, 6])

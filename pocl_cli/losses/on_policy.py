@@ -1,0 +1,98 @@
+"""KD methods that say what a step is made of: the gold rows, or answers to their prompts, stored or just written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
+
+from pydantic import Field
+
+from pocl_cli.schema import DecodingConfig
+
+if TYPE_CHECKING:
+    from pocl_cli.losses.divergence import KDMethod
+    from pocl_cli.losses.evolving import MethodState
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a step's loss: weight · [(1 − a)·ΣCE + a·T²·ΣD] / number of response tokens of its rows.
+
+    Attributes:
+        rows: `gold`, the rows of the global batch, or `generated`, their prompts with answers that the student writes
+            before the step, or `teacher` and `student`, with the stored answers of that model. Cross entropy belongs to
+            what the student shall write: a part of its own answers has a = 1.
+        kd_ratio: a.
+        weight: of the part.
+        method: whose divergence D is; None: that of the step.
+    """
+
+    rows: Literal["gold", "generated", "teacher", "student"]
+    kd_ratio: float
+    weight: float = 1.0
+    method: KDMethod | None = None
+
+
+@runtime_checkable
+class ChoosesRows(Protocol):
+    """What a KD method has beside its divergence where a step is not made of the gold rows.
+
+    It is pure: every process decides the same, and a run that resumes decides it again.
+    """
+
+    def rows_for_step(
+        self, seed: int, step: int, progress: float, state: MethodState, kd_ratio: float
+    ) -> tuple[Part, ...]:
+        """The parts of a step.
+
+        Args:
+            seed: that of the training.
+            step: number of optimizer steps before it, over all stages.
+            progress: share of the run's optimizer steps that are done.
+            state: that of the method.
+            kd_ratio: the stage's weight of the distillation term on gold rows.
+        """
+        ...
+
+
+@runtime_checkable
+class OnPolicy(ChoosesRows, Protocol):
+    """What it has besides where the student writes rows of its steps."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether any step has generated rows. Where not, nothing is asked for that only those need."""
+        ...
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How the answers are drawn; the data set's limit on tokens holds besides."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentAnswers:
+    """The keys of a method whose student answers prompts while it is trained: how its answers are drawn."""
+
+    sampling_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)]
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        return DecodingConfig(
+            sampling_temperature=self.sampling_temperature,
+            top_p=self.top_p,
+            top_k=0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+def rows_for_step(
+    method: KDMethod, seed: int, step: int, progress: float, state: MethodState, kd_ratio: float
+) -> tuple[Part, ...]:
+    """The parts of a step: all of it on the gold rows where the method asks for nothing else."""
+    if isinstance(method, ChoosesRows):
+        return method.rows_for_step(seed, step, progress, state, kd_ratio)
+    return (Part("gold", kd_ratio),)
