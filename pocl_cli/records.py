@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 # Before the name of a column of scores that is the teacher's.
 TEACHER = "teacher_"
+# The column of scores that is measured apart, when a difficulty first reads it: it takes a pass of its own.
+ATTENTION = "attention_variance"
 
 _BEGINNING_CHARS = 200
 
@@ -99,9 +101,58 @@ class ScoredRecord:
     cross_entropy_alone: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRecord:
+    """The student's attention on one row: the variance of its weights (`models.attention_weights`)."""
+
+    id: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    attention_variance: float
+
+
+def measured_by(column: str) -> str:
+    """Whose scores a column that a difficulty reads is in: `student`, `attention` (the student's) or `teacher`."""
+    if column == ATTENTION:
+        return "attention"
+    return "teacher" if column.startswith(TEACHER) else "student"
+
+
 def reads_teacher(columns: Iterable[str]) -> bool:
     """Whether the teacher's scores are among the columns that a difficulty reads."""
-    return any(name.startswith(TEACHER) for name in columns)
+    return "teacher" in map(measured_by, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDecoding:
+    """How the answers are drawn that a KD method trains on; a row with its answer never exceeds `dataset.max_tokens`.
+
+    Attributes:
+        sampling_temperature: 0 is greedy.
+        top_p: nucleus sampling: the smallest set of tokens with this probability.
+        max_new_tokens: length limit of an answer.
+        no_repeat_ngram_size: no n-gram of this size twice in prompt and answer; 0 turns the rule off.
+        seed: of the draws.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    sampling_temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)]
+    seed: int
+
+
+def answers_of(method: object) -> tuple[str, ...]:
+    """The models (`student`, `teacher`) whose stored answers to the training rows a KD method trains on."""
+    named: Iterable[str] = getattr(method, "answers_of", ())
+    return tuple(sorted(named))
+
+
+def asks_teacher(method: Any) -> bool:
+    """Whether a KD method needs a teacher, in training or for its answers."""
+    return bool(method.needs_teacher) or "teacher" in answers_of(method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pocl_cli.errors import ConfigError, PoclError, SecurityError, nearest
 from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_validation
-from pocl_cli.records import Convergence, reads_teacher
+from pocl_cli.records import Convergence, answers_of, asks_teacher, reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
 
@@ -109,11 +109,19 @@ def _without_calls(values: Any) -> Any:
 def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
     """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
     trains = step in ("distill", "compare") or (step == "evaluate" and _evaluates_the_student(config))
-    if trains and config.kd_method.needs_teacher and not config.teacher.present:
+    answers = answers_of(config.kd_method)
+    asks = asks_teacher(config.kd_method) if trains else step == "score" and "teacher" in answers
+    if asks and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
             why="teacher=none",
             fix="choose one with teacher=NAME or teacher.path=…, or train without with kd_method=sft",
+        )
+    if (trains or step == "score") and answers and not config.dataset.has_prompts:
+        yield ConfigError(
+            f"kd_method={config.kd_method.name} with dataset.format=text",
+            why="it trains on answers, and plain text asks for none",
+            fix="choose a data set with prompts, or another kd_method",
         )
     if trains and generates(config) and not config.dataset.has_prompts:
         yield ConfigError(

@@ -25,7 +25,9 @@ from pocl_cli.redaction import scrub
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal["scores", "partitions", "teacher_signals", "students", "evaluations", "conversions", "comparisons"]
+Kind = Literal[
+    "scores", "partitions", "answers", "teacher_signals", "students", "evaluations", "conversions", "comparisons"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 

@@ -1,4 +1,4 @@
-"""KD methods that say what a step is made of: the gold rows, or answers that the student writes to their prompts."""
+"""KD methods that say what a step is made of: the gold rows, or answers to their prompts, stored or just written."""
 
 from __future__ import annotations
 
@@ -24,32 +24,25 @@ class Part:
 
     Attributes:
         rows: `gold`, the rows of the global batch, or `generated`, their prompts with answers that the student writes
-            before the step. Cross entropy belongs to gold rows: a part of generated ones has a = 1.
+            before the step, or `teacher` and `student`, with the stored answers of that model. Cross entropy belongs to
+            what the student shall write: a part of its own answers has a = 1.
         kd_ratio: a.
         weight: of the part.
+        method: whose divergence D is; None: that of the step.
     """
 
-    rows: Literal["gold", "generated"]
+    rows: Literal["gold", "generated", "teacher", "student"]
     kd_ratio: float
     weight: float = 1.0
+    method: KDMethod | None = None
 
 
 @runtime_checkable
-class OnPolicy(Protocol):
-    """What a KD method has beside its divergence where the student writes rows of its steps.
+class ChoosesRows(Protocol):
+    """What a KD method has beside its divergence where a step is not made of the gold rows.
 
-    All of it is pure: every process decides the same, and a run that resumes decides it again.
+    It is pure: every process decides the same, and a run that resumes decides it again.
     """
-
-    @property
-    def generates(self) -> bool:
-        """Whether any step has generated rows. Where not, nothing is asked for that only those need."""
-        ...
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """How the answers are drawn; the data set's limit on tokens holds besides."""
-        ...
 
     def rows_for_step(
         self, seed: int, step: int, progress: float, state: MethodState, kd_ratio: float
@@ -63,6 +56,21 @@ class OnPolicy(Protocol):
             state: that of the method.
             kd_ratio: the stage's weight of the distillation term on gold rows.
         """
+        ...
+
+
+@runtime_checkable
+class OnPolicy(ChoosesRows, Protocol):
+    """What it has besides where the student writes rows of its steps."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether any step has generated rows. Where not, nothing is asked for that only those need."""
+        ...
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How the answers are drawn; the data set's limit on tokens holds besides."""
         ...
 
 
@@ -122,6 +130,6 @@ def rows_for_step(
     method: KDMethod, seed: int, step: int, progress: float, state: MethodState, kd_ratio: float
 ) -> tuple[Part, ...]:
     """The parts of a step: all of it on the gold rows where the method asks for nothing else."""
-    if isinstance(method, OnPolicy):
+    if isinstance(method, ChoosesRows):
         return method.rows_for_step(seed, step, progress, state, kd_ratio)
     return (Part("gold", kd_ratio),)

@@ -6,7 +6,7 @@ paths, tracker or logging. Raise a kind's version when its output would change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
-from pocl_cli.records import reads_teacher
+from pocl_cli.records import answers_of, asks_teacher, measured_by
 from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
@@ -29,6 +29,7 @@ AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 VERSIONS = {
     "scores": 3,
     "partitions": 2,
+    "answers": 1,
     "teacher_signals": 1,
     "students": 2,
     "evaluations": 2,
@@ -70,6 +71,12 @@ class Chain:
             return None
         return resolve_teacher(self._made(section), self.store, hashes=self.hashes)
 
+    def model(self, who: str) -> ModelSource:
+        """The `student` before distillation, or the `teacher`, which must be there."""
+        source = self.student if who == "student" else self.teacher
+        assert source is not None, "a chain without a teacher asks none"
+        return source
+
     @property
     def made(self) -> PoclConfig:
         """The configuration of the same step once everything upstream exists: it names artifacts, and no recipe."""
@@ -85,11 +92,11 @@ class Chain:
 
     @property
     def _asks_teacher(self) -> bool:
-        if self.run.step == "score":
-            return "teacher" in self.measured
         if self.run.step == "evaluate" and self.config.evaluation.model == "teacher":
             return True
-        return self._asks_student and self.config.kd_method.needs_teacher
+        if self.run.step == "score":
+            return "teacher" in (*self.measured, *answers_of(self.config.kd_method))
+        return self._asks_student and asks_teacher(self.config.kd_method)
 
     def _made(self, section: AnyModel) -> AnyModel:
         """The section with what its recipe makes, composed from that recipe alone, in the recipe's place."""
@@ -107,22 +114,40 @@ class Chain:
 
     @property
     def measured(self) -> list[str]:
-        """The models that `pocl score` measures, the student last: its scores are the result."""
-        return ["teacher", "student"] if self.config.score.teacher and self.teacher is not None else ["student"]
+        """What `pocl score` measures, the student last: its scores are the result."""
+        teacher = ["teacher"] if self.config.score.teacher and self.teacher is not None else []
+        attention = ["attention"] if "attention" in self.scores_beside else []
+        return [*teacher, *attention, "student"]
+
+    @property
+    def scores_beside(self) -> list[str]:
+        """Whose scores the difficulty reads beside the student's."""
+        return sorted({measured_by(column) for column in self.config.difficulty.needs} - {"student"})
 
     def score_key(self, who: str) -> ArtifactKey:
-        """The scores of one measured model, `student` or `teacher`: the teacher is not asked to generate."""
-        source = self.student if who == "student" else self.teacher
-        assert source is not None, "a chain without a teacher has no teacher's scores"
-        identity = {
+        """The scores of the `student`, its `attention`, or those of the `teacher`, which is not asked to generate."""
+        measured = "teacher" if who == "teacher" else "student"
+        identity, label = self._reading(self.model(measured)), self._label(measured)
+        if who == "student" and self.config.dataset.has_prompts:
+            identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
+        if who == "attention":
+            identity["measured"] = who
+            label = f"{label}-attention"
+        return self._key("scores", f"{label}-on-{self.config.dataset.name}", identity)
+
+    def answers_key(self, who: str) -> ArtifactKey:
+        """The answers of one model, `student` or `teacher`, to the training rows, drawn as the KD method says."""
+        identity = {**self._reading(self.model(who)), "decoding": asdict(self.config.kd_method.decoding)}
+        return self._key("answers", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
+
+    def _reading(self, source: ModelSource) -> dict[str, Any]:
+        """What decides how a model reads the training rows."""
+        return {
             "model": source.identity,
             "tokenizer": self.student.tokenizer_identity,
             "dataset": self.dataset,
             "precision": self.config.hardware.precision,
         }
-        if who == "student" and self.config.dataset.has_prompts:
-            identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
-        return self._key("scores", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
 
     @property
     def stores_teacher(self) -> bool:
@@ -167,8 +192,7 @@ class Chain:
         }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
-            if reads_teacher(difficulty.needs):
-                identity["teacher_scores"] = self.score_key("teacher").id
+            identity |= {f"{who}_scores": self.score_key(who).id for who in self.scores_beside}
         else:
             identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
         slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"
@@ -194,6 +218,8 @@ class Chain:
             identity["teacher"] = self.teacher.identity
         if config.curriculum.needs_partition:
             identity["partition"] = self.partition_key.id
+        if answerers := answers_of(config.kd_method):
+            identity["answers"] = {who: self.answers_key(who).id for who in answerers}
         slug = f"{self._label('student')}-{config.kd_method.name}-{config.curriculum.name}-seed{config.train.seed}"
         return self._key("students", slug, identity)
 
@@ -256,10 +282,7 @@ class Chain:
 
     def _label(self, who: str) -> str:
         """A short name for slugs: of a student made here its recipe's, else the folder's or the hub's."""
-        source, section = (
-            (self.student, self.config.student) if who == "student" else (self.teacher, self.config.teacher)
-        )
-        assert source is not None, "a chain without a teacher names none"
+        source, section = self.model(who), self.config.student if who == "student" else self.config.teacher
         return section.name if "student" in source.identity else source.label
 
     def _dataset(self, config: DatasetConfig) -> dict[str, Any]:

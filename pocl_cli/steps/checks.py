@@ -14,6 +14,7 @@ from pocl_cli.models.device import memory_of, set_up_hardware
 from pocl_cli.models.load import check_context, context_length, load_tokenizer, read_config
 from pocl_cli.models.lora import require_peft
 from pocl_cli.models.vocabulary import check_width, compare_tokenizers, num_real_tokens
+from pocl_cli.records import answers_of
 from pocl_cli.steps.costs import Bytes, Sizes, gib, measuring_memory, sizes_of, training_disk, training_memory
 
 if TYPE_CHECKING:
@@ -88,11 +89,24 @@ def of_training(chain: Chain) -> list[Check]:
 def of_measuring(chain: Chain, who: str) -> list[Check]:
     """For `score`, of one measured model."""
     student = _student(chain)
-    measured = student if who == "student" else _teacher(chain)
+    measured = _teacher(chain) if who == "teacher" else student
     checks = [*measured.checks(), measured.context(_measured_tokens(chain.config, who))]
     if who == "teacher":
         checks.append(_same_tokenizer(measured, student))
     return [*checks, _measuring_memory(chain, measured)]
+
+
+def of_answering(chain: Chain, who: str) -> list[Check]:
+    """For the stored answers of a model."""
+    return [*_answering(chain, who), _measuring_memory(chain, _student(chain) if who == "student" else _teacher(chain))]
+
+
+def _answering(chain: Chain, who: str) -> list[Check]:
+    student, needed = _student(chain), chain.config.dataset.max_tokens
+    if who == "student":
+        return [*student.checks(), student.context(needed)]
+    teacher = _teacher(chain)
+    return [*teacher.checks(), teacher.context(needed), _same_tokenizer(teacher, student)]
 
 
 def of_evaluation(chain: Chain, source: ModelSource) -> list[Check]:
@@ -105,6 +119,8 @@ def of_plan(chain: Chain) -> list[Check]:
     """For `plan=true`: those of training, and what scoring and evaluation would ask of the same student besides."""
     student = _student(chain)
     checks = of_training(chain)
+    if "teacher" in answers_of(chain.config.kd_method) and not chain.config.kd_method.needs_teacher:
+        checks += _answering(chain, "teacher")
     if chain.config.curriculum.needs_partition and chain.config.difficulty.needs:
         checks.append(student.context(_measured_tokens(chain.config, "student"), "score"))
     if chain.config.evaluation.predictions is None:

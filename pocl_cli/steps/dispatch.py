@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from pocl_cli.records import answers_of
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import evaluate_predictions, report
 from pocl_cli.steps.result import StepResult
@@ -33,7 +34,8 @@ def find_finished(run: Run) -> StepResult | None:
         finished = chain.store.find(chain.evaluation_key)
         return report(StepResult(finished, made=False)) if finished else None
     if run.step == "score":
-        keys = [chain.score_key(who) for who in chain.measured]
+        answers = [chain.answers_key(who) for who in answers_of(run.config.kd_method)]
+        keys = [*answers, *(chain.score_key(who) for who in chain.measured)]
     else:
         keys = [chain.partition_key if run.step == "partition" else chain.student_key]
     artifacts = [chain.store.find(key) for key in keys]

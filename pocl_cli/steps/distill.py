@@ -8,11 +8,13 @@ from pocl_cli import tables
 from pocl_cli.artifacts.manifest import difference
 from pocl_cli.log import get_logger
 from pocl_cli.processes.job import FOLDER, LOCK
+from pocl_cli.records import answers_of, asks_teacher
 from pocl_cli.run import Run
 from pocl_cli.steps import checks, plan
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import do_part
 from pocl_cli.steps.result import StepResult, obtain
+from pocl_cli.steps.stored_answers import obtain_answers
 from pocl_cli.steps.train import Trained
 
 
@@ -44,7 +46,7 @@ def run(run: Run) -> StepResult | None:
             exclude=["checkpoints", "consumed", FOLDER, LOCK],
         )
     tables.summary_panel(
-        "distilled" if run.config.kd_method.needs_teacher else "trained",
+        "distilled" if asks_teacher(run.config.kd_method) else "trained",
         {
             "steps": trained.num_steps,
             "response tokens": trained.num_tokens,
@@ -60,6 +62,8 @@ def _inputs(chain: Chain) -> dict[str, str]:
     inputs = {}
     if chain.config.curriculum.needs_partition:
         inputs["partition"] = obtain(chain.run, "partition", chain.partition_key, chain.store).id
+    for who in answers_of(chain.config.kd_method):
+        inputs[f"{who}_answers"] = obtain_answers(chain, who).id
     for part, source in (("student", chain.student), ("teacher", chain.teacher)):
         if source is not None and "student" in source.identity:
             inputs[part] = str(source.identity["student"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pocl_cli import tables
 from pocl_cli.data.encoder import encoder_of
 from pocl_cli.errors import PoclError
-from pocl_cli.records import TokenisedRow
+from pocl_cli.records import TokenisedRow, answers_of
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
@@ -74,6 +74,8 @@ def _estimates(
     if records is None:
         tokens = sequences * config.dataset.max_tokens
         estimates["tokens at most"] = tokens
+        for who in answers_of(config.kd_method):
+            estimates[f"answers of the {who}"] = f"to {num_rows:,} rows, made before training"
         estimates["memory, disk, time"] = "not known without data and models; leave out plan.num_rows"
         return estimates
     try:
@@ -89,10 +91,35 @@ def _estimates(
         estimates["response tokens"] = round(sequences * response)
         if generates(config):
             estimates["the student's answers (estimate)"] = "as long as the responses of the rows"
-        once = _Tokens(num_rows * mean, num_rows * response) if chain.stores_teacher else None
-        return estimates | _costs(chain, sizes, _Tokens(sequences * mean, sequences * response), once)
+        once = _Tokens(num_rows * mean, num_rows * response)
+        estimates |= _answers(chain, once)
+        # Each row counts once for each model whose answer to it is trained on.
+        times = max(1, len(answers_of(config.kd_method)))
+        trained = _Tokens(times * sequences * mean, times * sequences * response)
+        stored = _Tokens(times * once.total, times * once.response) if chain.stores_teacher else None
+        return estimates | _costs(chain, sizes, trained, stored)
     except PoclError as error:
         return estimates | {"tokens, memory, disk, time": f"not known: {error}"}
+
+
+def _answers(chain: Chain, once: _Tokens) -> dict[str, Any]:
+    """Whether the answers that the KD method trains on are there, and what making them takes.
+
+    They are taken to be as long as the gold responses, of which `once` counts the tokens.
+    """
+    from pocl_cli.models.device import set_up_hardware
+
+    found: dict[str, Any] = {}
+    for who in answers_of(chain.config.kd_method):
+        artifact = chain.store.find(chain.answers_key(who))
+        if artifact is not None:
+            found[f"answers of the {who}"] = f"stored: {artifact.path.name}"
+            continue
+        work = multiply_adds(sizes_of(chain.model(who)), once)
+        seconds = work / _multiply_adds_per_second(set_up_hardware(chain.config.hardware).device)
+        found[f"answers of the {who}"] = "made first (pocl score, or upstream=auto)"
+        found[f"answers of the {who} (estimate)_seconds"] = seconds
+    return found
 
 
 def _encoded(config: PoclConfig, student: ModelSource, records: Sequence[Record]) -> list[TokenisedRow]:

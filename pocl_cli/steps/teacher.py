@@ -16,14 +16,16 @@ from pocl_cli.training.teacher_signals import TeacherSignals
 if TYPE_CHECKING:
     from pocl_cli.artifacts.manifest import Artifact
     from pocl_cli.artifacts.work import Work
-    from pocl_cli.data.tokenise import TokenisedDataset
     from pocl_cli.models.device import Hardware
     from pocl_cli.models.source import ModelSource
     from pocl_cli.steps.chain import Chain
+    from pocl_cli.training.shards import Rows
 
 
-def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teacher:
-    """The teacher for `rows`, all training rows of the chain.
+def teacher_of(chain: Chain, rows: Rows, hardware: Hardware, *, stored: bool) -> Teacher:
+    """The teacher for `rows`: all training rows of the chain, or all stored answers to them.
+
+    `stored`: read from its stored hidden states, to which missing ones are added; else it runs in every step.
 
     Raises:
         ArtifactError: a shard of its stored hidden states is damaged, or the model is.
@@ -36,7 +38,7 @@ def teacher_of(chain: Chain, rows: TokenisedDataset, hardware: Hardware) -> Teac
         loaded = load_model(loadable(chain, source), device=hardware.device, dtype_override=None, dropout=None)
         return OnlineTeacher(split_model(loaded.model))
 
-    if not chain.stores_teacher:
+    if not stored:
         return load()
     signals = _signals(chain, rows)
     sizes = stored_sizes(source)
@@ -62,7 +64,7 @@ def stored_sizes(source: ModelSource) -> StoredSizes:
     return StoredSizes(token, int(text.vocab_size) * token)
 
 
-def _signals(chain: Chain, rows: TokenisedDataset) -> TeacherSignals:
+def _signals(chain: Chain, rows: Rows) -> TeacherSignals:
     source = chain.teacher
     made_here = source.identity.get("student") if source is not None else None
 

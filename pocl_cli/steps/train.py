@@ -25,7 +25,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.lora import Adapters
 from pocl_cli.models.vocabulary import align_vocabularies
-from pocl_cli.records import Stage, Subset
+from pocl_cli.records import Stage, Subset, answers_of
 from pocl_cli.schema import PoclConfig
 from pocl_cli.seeds import derive_seed
 from pocl_cli.steps.chain import Chain
@@ -34,12 +34,15 @@ from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
 from pocl_cli.steps.stages import stages_of
+from pocl_cli.steps.stored_answers import read_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
+from pocl_cli.training.answered_rows import Together
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.rollout import Rollout
+from pocl_cli.training.shards import Rows
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 from pocl_cli.validation import generates
@@ -76,7 +79,9 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     hardware = set_up_hardware(config.hardware, rank=processes.local_rank)
 
     # ── rows and stages ───────────────────────────────────────────────────────────────────────────────────────────
-    rows = training_rows(config, load_tokenizer(chain.student))
+    tokenizer = load_tokenizer(chain.student)
+    rows = training_rows(config, tokenizer)
+    answers = {who: read_answers(chain, who, rows.train, tokenizer) for who in answers_of(config.kd_method)}
     subsets = _subsets(chain, rows)
     stages = config.curriculum(subsets)
     table = stages_of(config.train, stages)
@@ -94,12 +99,13 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     adapters = None
     if config.student.lora.rank:
         adapters = Adapters(loaded.model, config.student.lora, derive_seed(config.train.seed, "lora"))
-    student = _student(chain, loaded, rows, hardware)
+    student = _student(chain, loaded, Together(answers) if answers else rows.train, hardware)
     if processes.is_first:
         checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
 
     # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────
     job = _job(config, student, loaded, rows, stages, table, folder, hardware, processes)
+    job = replace(job, answers=answers)
     with ExitStack() as stack:
         if processes.is_first:
             slug = chain.student_key.slug
@@ -140,13 +146,17 @@ def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
     return subsets
 
 
-def _student(chain: Chain, loaded: LoadedModel, rows: TrainingRows, hardware: Hardware) -> StudentWithObjective:
+def _student(chain: Chain, loaded: LoadedModel, rows: Rows, hardware: Hardware) -> StudentWithObjective:
+    """The student with its teacher, which is asked for `rows`."""
     headed = split_model(loaded.model)
     teacher, teacher_tokenizer = None, None
     if chain.config.kd_method.needs_teacher and chain.teacher is not None:
         if chain.config.teacher.store and not chain.stores_teacher:
             get_logger().info("the teacher runs in every step: what the student has just written is not stored")
-        teacher, teacher_tokenizer = teacher_of(chain, rows.train, hardware), load_tokenizer(chain.teacher)
+        teacher, teacher_tokenizer = (
+            teacher_of(chain, rows, hardware, stored=chain.stores_teacher),
+            load_tokenizer(chain.teacher),
+        )
     alignment = align_vocabularies(
         student_tokenizer=loaded.tokenizer,
         student_width=headed.num_logits,

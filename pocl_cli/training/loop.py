@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,7 @@ from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
 from pocl_cli.losses.evolving import MethodState, after_dev, after_step, for_step
 from pocl_cli.losses.on_policy import rows_for_step
-from pocl_cli.records import Stage, TokenisedRow
+from pocl_cli.records import Stage
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
@@ -31,17 +31,11 @@ from pocl_cli.training.replica import Replica
 from pocl_cli.training.sampler import Sampler
 from pocl_cli.training.signals import Signals
 from pocl_cli.training.state import Best, TrainingState
-from pocl_cli.training.step import accumulate, of_rollout, rows_of_step
+from pocl_cli.training.step import Rows, accumulate, of_rollout, rows_of_step
 
 if TYPE_CHECKING:
     from pocl_cli.training.rollout import Rollout
     from pocl_cli.training.student import StudentWithObjective
-
-
-class Rows(Protocol):
-    """Tokenised training rows by record id."""
-
-    def row(self, record_id: str) -> TokenisedRow: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class TrainingJob:
     """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
 
     It is told the stage's index: the stages may be measured on different numbers of rows. `rollout` is there for a KD
-    method whose student writes rows of its steps.
+    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -80,6 +74,7 @@ class TrainingJob:
     folder: Path
     evaluate_dev: Callable[[int], dict[str, float]] | None
     rollout: Rollout | None = None
+    answers: Mapping[str, Rows] = field(default_factory=dict)
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
@@ -166,7 +161,7 @@ def train(job: TrainingJob) -> TrainingState:
                 method = for_step(student.method, progress, method_state)
                 asked = rows_for_step(student.method, settings.seed, state.step, progress, method_state, stage.kd_ratio)
                 with signals.at_once():
-                    parts = rows_of_step(asked, gold, state.step, replica, job.rollout)
+                    parts = rows_of_step(asked, gold, state.step, replica, job.rollout, job.answers)
                     torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                     loss, ce, kd = accumulate(
                         parts,

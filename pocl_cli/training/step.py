@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class PartRows:
         return sum(len(row.response_ids) for row in self.rows)
 
 
+class Rows(Protocol):
+    """Tokenised training rows by record id."""
+
+    def row(self, record_id: str) -> TokenisedRow: ...
+
+
 class StepTerms(NamedTuple):
     """Scalars on the device, over all processes.
 
@@ -50,7 +56,12 @@ class StepTerms(NamedTuple):
 
 
 def rows_of_step(
-    parts: Sequence[Part], gold: Sequence[TokenisedRow], step: int, replica: Replica, rollout: Rollout | None
+    parts: Sequence[Part],
+    gold: Sequence[TokenisedRow],
+    step: int,
+    replica: Replica,
+    rollout: Rollout | None,
+    answers: Mapping[str, Rows],
 ) -> list[PartRows]:
     """The rows of each part; all processes come here together, and have the same ones afterwards.
 
@@ -60,9 +71,11 @@ def rows_of_step(
         step: number of optimizer steps before it.
         replica: of the student.
         rollout: writes answers; None where no part asks for any.
+        answers: the stored ones, by the model that gave them.
     """
     counted = [part for part in parts if part.weight]
-    rows = {"gold": gold}
+    stored = {who: of_model for who, of_model in answers.items() if any(part.rows == who for part in counted)}
+    rows = {"gold": gold, **{who: [of_model.row(row.id) for row in gold] for who, of_model in stored.items()}}
     if any(part.rows == "generated" for part in counted):
         assert rollout is not None, "the method says that it generates nothing"
         teacher = replica.student.teacher
@@ -99,7 +112,7 @@ def accumulate(
                 temperature=temperature,
                 kd_ratio=part.kd_ratio,
                 normaliser=num_tokens / part.weight,
-                method=method,
+                method=part.method or method,
                 sampled=part.rows == "generated",
             )
             ce, kd = output.ce_sum / num_tokens, output.kd_sum / num_tokens

@@ -87,6 +87,15 @@ def test_ids_when_the_outputs_lie_elsewhere_then_are_the_same(folder: Path, base
 
 
 @pytest.mark.usefixtures("_hydra")
+def test_student_when_its_method_trains_on_answers_then_the_id_depends_on_them_and_no_others_does(
+    folder: Path,
+) -> None:
+    assert "answers" not in chain(folder).student_key.identity
+    answered = chain(folder, "kd_method=seqkd")
+    assert answered.student_key.identity["answers"] == {"teacher": answered.answers_key("teacher").id}
+
+
+@pytest.mark.usefixtures("_hydra")
 def test_steps_when_run_in_their_order_then_each_finds_the_one_before(folder: Path) -> None:
     rows_here = f"{{name: rows, path: {folder}/inputs/rows.jsonl, max_tokens: 60, max_prompt_tokens: 48}}"
     changes = ("difficulty=rrf", "upstream=require", "score.max_new_tokens=4", "evaluation.decoding.max_new_tokens=4")

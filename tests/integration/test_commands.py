@@ -232,10 +232,10 @@ LINES = {
     "pocl distill --con": "--config-dir --config-name",
     "pocl distill --cfg ": "job hydra all",
     "pocl distill kd_": "kd_method. kd_method=",
-    "pocl distill kd_method=s": "sfkl sft srkl symkl",
+    "pocl distill kd_method=s": "seqkd sfkl sft srkl symkl",
     "pocl distill kd_method=sfkl kd_method.": "kd_method.alpha= kd_method.name= kd_method.t_squared=",
-    "pocl distill experiment=paper/gpt2_s": "paper/gpt2_sfkl paper/gpt2_sfkl_pocl paper/gpt2_sft paper/gpt2_srkl"
-    " paper/gpt2_srkl_pocl",
+    "pocl distill experiment=paper/gpt2_s": "paper/gpt2_seqkd paper/gpt2_seqkd_pocl paper/gpt2_sfkl"
+    " paper/gpt2_sfkl_pocl paper/gpt2_sft paper/gpt2_srkl paper/gpt2_srkl_pocl",
     "pocl distill --config-dir conf experiment=mi": "mine",
 }
 # Splits a line into words as bash does, and calls the function that bash calls at TAB.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pocl_cli.artifacts.hashing import sha256_file
-from pocl_cli.steps import evaluate, score
+from pocl_cli.steps import evaluate, score, stored_answers
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.parts import Part
 from pocl_cli.training import shards
@@ -25,12 +25,18 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process tha
 QUICK = (
     "score.max_new_tokens=4",
     "score.sampling_temperature=1",
+    "kd_method=seqkd",
+    "kd_method.decoding.max_new_tokens=4",
     "evaluation.model=teacher",
     "evaluation.seeds=[1,2]",
     "evaluation.decoding.max_new_tokens=4",
     "evaluation.decoding.sampling_temperature=1",
 )
-FILES = {"score": ("scores.parquet", "dropped.jsonl"), "evaluate": ("metrics.json", "predictions.jsonl")}
+FILES = {
+    "score": ("scores.parquet", "dropped.jsonl"),
+    "evaluate": ("metrics.json", "predictions.jsonl"),
+    "answers": ("answers.parquet",),
+}
 
 
 # The second set has one shard, so that most processes have none of it.
@@ -47,13 +53,21 @@ class Case:
     """A part of a step, and the files that it leaves."""
 
     step: str
+    files: tuple[str, ...]
     part: Part
 
     def hashes(self, folder: Path) -> dict[str, str]:
-        return {name: sha256_file(folder / name) for name in FILES[self.step]}
+        return {name: sha256_file(folder / name) for name in self.files}
 
 
-CASES = [Case("score", score.score_student), Case("score", score.score_teacher), Case("evaluate", evaluate.answer)]
+CASES = [
+    Case("score", FILES["score"], score.score_student),
+    Case("score", FILES["score"], score.score_attention),
+    Case("score", FILES["score"], score.score_teacher),
+    Case("score", FILES["answers"], stored_answers.answers_of_teacher),
+    Case("score", FILES["answers"], stored_answers.answers_of_student),
+    Case("evaluate", FILES["evaluate"], evaluate.answer),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.part.__name__)
@@ -83,7 +97,7 @@ def test_shards_when_measured_by_any_number_of_processes_then_are_the_same_bytes
     assert len(found) >= 3
     for path in found[::2]:
         path.unlink()
-    for name in FILES[case.step]:
+    for name in case.files:
         (alone / name).unlink()
     kept = {path: path.stat().st_mtime_ns for path in found[1::2]}
     in_processes(2, tmp_path / "meetings", lambda processes: measure(alone, processes))

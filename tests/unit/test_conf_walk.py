@@ -35,7 +35,7 @@ DOCUMENTED = [path for path in FILES if path.relative_to(CONF).parts[0] not in (
 PLANNED_STEPS = {
     r"paper/reference_flags.*": 3552,
     r"paper/.*_pocl": 3584,
-    r"paper/(gpt2|opt)_(fkl|rkl|jsd|tvd|s.kl|gkd)": 3580,
+    r"paper/(gpt2|opt)_(fkl|rkl|jsd|tvd|s.kl|gkd|seqkd)": 3580,
 }
 # What a choice needs beside it to be valid by itself.
 COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["teacher.path=owner/name"]}

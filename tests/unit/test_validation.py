@@ -47,6 +47,8 @@ def mistakes(composed: Composed, changes: dict[str, Any], step: str = "distill")
     return [str(error) for error in caught.value.errors]
 
 
+DRAWN = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "no_repeat_ngram_size": 0, "seed": 1}
+SEQKD = {"name": "seqkd", "decoding": DRAWN}
 MISTAKES = [
     ({"train.lrr": 1}, ["unknown key 'train.lrr'", "did you mean 'train.lr'?"]),
     ({"kd_method.alpha": 1}, ["unknown key 'kd_method.alpha'", "has name, t_squared", "sfkl and srkl have it"]),
@@ -78,6 +80,12 @@ MISTAKES = [
     ({"student.path": None}, ["section 'student' contradicts itself", "one of path, experiment or architecture"]),
     ({"train": "fast"}, ["bad value train='fast'"]),
     ({"teacher.path": None, "teacher.name": "none"}, ["kd_method=fkl needs a teacher", "kd_method=sft"]),
+    (
+        {"kd_method": SEQKD, "teacher.path": None, "teacher.name": "none"},
+        ["kd_method=seqkd needs a teacher", "kd_method=sft"],
+    ),
+    ({"kd_method": SEQKD, "dataset.format": "text"}, ["kd_method=seqkd with dataset.format=text"]),
+    ({"kd_method": {**SEQKD, "decoding": {**DRAWN, "top_p": 0}}}, ["bad value kd_method.decoding.top_p=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 5}, ["dataset.dev_size=5 takes all of dataset.limit=5", "dev_size=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 2}, ["curriculum.stages=4 is more than there are training rows"]),
     ({"train.dev_rows": [9, 9]}, ["train.dev_rows=[9, 9] does not fit curriculum.stages=4", "2 numbers for 4 stages"]),

@@ -38,6 +38,9 @@ CASES = [
 ]
 SAMPLED = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8}
 GKD = {"name": "gkd", "base": {"name": "tvd", "t_squared": True}, "student_share": 0.5, **SAMPLED}
+ANSWERS = {"decoding": {**SAMPLED, "no_repeat_ngram_size": 0, "seed": 1}}
+DISTILLM2 = {"name": "distillm2", "student_weight_end": 1.5, **ANSWERS}
+CASES += [{**DISTILLM2, "alpha": alpha} for alpha in (0.1, 0.6)]
 LIMIT_OF_FORWARD = ({"name": "symkl", "forward_weight": 1.0}, {"name": "abkd", "alpha": 1.0, "beta": 0.0})
 
 
@@ -78,6 +81,8 @@ def slow_divergence(case, teacher_logits, student_logits, temperature, held_logi
         return kl(p, mix(p, q, case["alpha"]))
     if case["name"] == "srkl":
         return kl(q, mix(q, p, case["alpha"]))
+    if case["name"] == "distillm2":
+        return kl(p, mix(p, q, case["alpha"])) + kl(q, mix(q, p, case["alpha"]))
     if case["name"] == "symkl":
         return case["forward_weight"] * kl(p, q) + (1 - case["forward_weight"]) * kl(q, p)
     if case["name"] == "akl":
@@ -359,6 +364,8 @@ def test_divergence_where_the_student_rules_out_a_likely_token_is_its_true_value
         {"name": "fkl", "t_squared": True, "alpha": 0.1},
         {"name": "sft", "t_squared": True},
         {"name": "symkl", "forward_weight": 1.1, "t_squared": True},
+        {**DISTILLM2, "alpha": 1.0, "t_squared": True},
+        {**DISTILLM2, "alpha": 0.1, "student_weight_end": 0.5, "t_squared": True},
         {"name": "akl", "head_mass": 0.0, "t_squared": True},
         {"name": "akl", "head_mass": 1.0, "t_squared": True},
         {"name": "todi", "sharpness": -1.0, "t_squared": True},

@@ -53,9 +53,10 @@ def test_method_of_its_yaml_file_multiplies_by_temperature_squared_unless_it_has
     assert method.t_squared is method.needs_teacher
 
 
-def test_sft_asked_for_a_divergence_stops():
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DIVERGENCES])
+def test_method_without_a_teacher_in_training_asked_for_a_divergence_stops(name):
     with pytest.raises(AssertionError, match="no distillation term"):
-        shipped("sft")(torch.zeros(1, 2), torch.zeros(1, 2))
+        shipped(name)(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
