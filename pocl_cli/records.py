@@ -10,6 +10,8 @@ from pydantic import ConfigDict, Field
 
 # Before the name of a column of scores that is the teacher's.
 TEACHER = "teacher_"
+# The column of scores that is measured apart, when a difficulty first reads it: it takes a pass of its own.
+ATTENTION = "attention_variance"
 
 _BEGINNING_CHARS = 200
 
@@ -99,9 +101,26 @@ class ScoredRecord:
     cross_entropy_alone: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRecord:
+    """The student's attention on one row: the variance of its weights (`models.attention_weights`)."""
+
+    id: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    attention_variance: float
+
+
+def measured_by(column: str) -> str:
+    """Whose scores a column that a difficulty reads is in: `student`, `attention` (the student's) or `teacher`."""
+    if column == ATTENTION:
+        return "attention"
+    return "teacher" if column.startswith(TEACHER) else "student"
+
+
 def reads_teacher(columns: Iterable[str]) -> bool:
     """Whether the teacher's scores are among the columns that a difficulty reads."""
-    return any(name.startswith(TEACHER) for name in columns)
+    return "teacher" in map(measured_by, columns)
 
 
 @dataclass(frozen=True, kw_only=True)

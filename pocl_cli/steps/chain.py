@@ -17,7 +17,7 @@ from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
-from pocl_cli.records import answers_of, asks_teacher, reads_teacher
+from pocl_cli.records import answers_of, asks_teacher, measured_by
 from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
@@ -114,15 +114,26 @@ class Chain:
 
     @property
     def measured(self) -> list[str]:
-        """The models that `pocl score` measures, the student last: its scores are the result."""
-        return ["teacher", "student"] if self.config.score.teacher and self.teacher is not None else ["student"]
+        """What `pocl score` measures, the student last: its scores are the result."""
+        teacher = ["teacher"] if self.config.score.teacher and self.teacher is not None else []
+        attention = ["attention"] if "attention" in self.scores_beside else []
+        return [*teacher, *attention, "student"]
+
+    @property
+    def scores_beside(self) -> list[str]:
+        """Whose scores the difficulty reads beside the student's."""
+        return sorted({measured_by(column) for column in self.config.difficulty.needs} - {"student"})
 
     def score_key(self, who: str) -> ArtifactKey:
-        """The scores of one measured model, `student` or `teacher`: the teacher is not asked to generate."""
-        identity = self._reading(self.model(who))
+        """The scores of the `student`, its `attention`, or those of the `teacher`, which is not asked to generate."""
+        measured = "teacher" if who == "teacher" else "student"
+        identity, label = self._reading(self.model(measured)), self._label(measured)
         if who == "student" and self.config.dataset.has_prompts:
             identity["generation"] = self.config.score.model_dump(mode="json", exclude={"teacher"})
-        return self._key("scores", f"{self._label(who)}-on-{self.config.dataset.name}", identity)
+        if who == "attention":
+            identity["measured"] = who
+            label = f"{label}-attention"
+        return self._key("scores", f"{label}-on-{self.config.dataset.name}", identity)
 
     def answers_key(self, who: str) -> ArtifactKey:
         """The answers of one model, `student` or `teacher`, to the training rows, drawn as the KD method says."""
@@ -181,8 +192,7 @@ class Chain:
         }
         if difficulty.needs:
             identity["scores"] = self.score_key("student").id
-            if reads_teacher(difficulty.needs):
-                identity["teacher_scores"] = self.score_key("teacher").id
+            identity |= {f"{who}_scores": self.score_key(who).id for who in self.scores_beside}
         else:
             identity |= {"dataset": self.dataset, "tokenizer": self.student.tokenizer_identity}
         slug = f"{self.config.dataset.name}-{difficulty.name}-{self.config.curriculum.stages}-subsets"

@@ -89,7 +89,7 @@ def of_training(chain: Chain) -> list[Check]:
 def of_measuring(chain: Chain, who: str) -> list[Check]:
     """For `score`, of one measured model."""
     student = _student(chain)
-    measured = student if who == "student" else _teacher(chain)
+    measured = _teacher(chain) if who == "teacher" else student
     checks = [*measured.checks(), measured.context(_measured_tokens(chain.config, who))]
     if who == "teacher":
         checks.append(_same_tokenizer(measured, student))

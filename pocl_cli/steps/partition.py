@@ -29,7 +29,7 @@ from pocl_cli.difficulty.ranking import rank_rows, tie_shares, tie_warning
 from pocl_cli.difficulty.scores import FloatArray, IntArray, Scores
 from pocl_cli.errors import ArtifactError
 from pocl_cli.log import get_logger
-from pocl_cli.records import TEACHER, Subset, reads_teacher
+from pocl_cli.records import TEACHER, Subset, measured_by
 from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.steps.chain import Chain
@@ -114,27 +114,28 @@ def _cut(config: PoclConfig, ordered: FloatArray) -> tuple[range, ...]:
 
 def _scored(chain: Chain) -> dict[str, Artifact]:
     """The scores that the difficulty reads, by the part that they play."""
-    needs = chain.config.difficulty.needs
-    models = {"scores": "student"} if needs else {}
-    if reads_teacher(needs):
-        models["teacher_scores"] = "teacher"
+    models = {"scores": "student"} if chain.config.difficulty.needs else {}
+    models |= {f"{who}_scores": who for who in chain.scores_beside}
     return {name: obtain(chain.run, "score", chain.score_key(who), chain.store) for name, who in models.items()}
 
 
 def _read_scores(store: Store, scored: Mapping[str, Artifact], needs: Iterable[str]) -> tuple[Scores, Instructions]:
     """What scores say of the rows, after their files have been hashed again; their texts stay on the disk."""
     path = scored["scores"].path / "scores.parquet"
-    teachers = {name for name in needs if name.startswith(TEACHER)}
-    table = _columns(store, scored["scores"], {*SUMMARISED, *needs} - teachers)
-    if teachers:
-        theirs = _columns(store, scored["teacher_scores"], {name.removeprefix(TEACHER) for name in teachers})
+    of: dict[str, list[str]] = {}
+    for name in sorted(needs):
+        of.setdefault(measured_by(name), []).append(name)
+    table = _columns(store, scored["scores"], {*SUMMARISED, *of.pop("student", ())})
+    for who, names in sorted(of.items()):
+        beside = scored[f"{who}_scores"]
+        theirs = _columns(store, beside, {name.removeprefix(TEACHER) for name in names})
         if theirs["id"] != table["id"]:
             raise ArtifactError(
-                "the teacher's scores are of other rows than the student's",
-                where=str(scored["teacher_scores"].path),
+                f"the {who}'s scores are of other rows than the student's",
+                where=str(beside.path),
                 fix="delete both, and measure the rows again with `pocl score`",
             )
-        for name in sorted(teachers):
+        for name in names:
             table = table.append_column(name, theirs[name.removeprefix(TEACHER)])
     return Scores(table), partial(_read_instructions, path)
 

@@ -27,6 +27,7 @@ Part: TypeAlias = Callable[["Chain", Path, Processes], dict[str, Any]]
 _PARTS = {
     "train": "pocl_cli.steps.train:train_student",
     "score_student": "pocl_cli.steps.score:score_student",
+    "score_attention": "pocl_cli.steps.score:score_attention",
     "score_teacher": "pocl_cli.steps.score:score_teacher",
     "answers_of_student": "pocl_cli.steps.stored_answers:answers_of_student",
     "answers_of_teacher": "pocl_cli.steps.stored_answers:answers_of_teacher",

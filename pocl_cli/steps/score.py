@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.vocabulary import num_real_tokens
 from pocl_cli.processes.job import FOLDER, LOCK
-from pocl_cli.records import ScoredRecord, TokenisedRow, answers_of
+from pocl_cli.records import ATTENTION, AttentionRecord, ScoredRecord, TokenisedRow, answers_of
 from pocl_cli.run import Run
 from pocl_cli.schema import DecodingConfig
 from pocl_cli.steps import checks
@@ -37,13 +37,15 @@ from pocl_cli.steps.stored_answers import make_answers
 from pocl_cli.steps.teacher import teacher_of
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.measure_attention import measure_attention
 from pocl_cli.training.measure_teacher import measure_teacher
 from pocl_cli.training.parallel import Processes
 from pocl_cli.training.shards import in_shards
 
 # Measures the rows of a shard. Batches are formed inside a shard, and shards depend on the rows alone, so an
 # interrupted step that resumes measures the same batches.
-Measure: TypeAlias = Callable[[list[TokenisedRow]], list[ScoredRecord]]
+Measured: TypeAlias = ScoredRecord | AttentionRecord
+Measure: TypeAlias = Callable[[list[TokenisedRow]], Sequence[Measured]]
 MEASURED = pa.schema(
     [
         ("id", pa.string()),
@@ -55,12 +57,31 @@ MEASURED = pa.schema(
         ("cross_entropy_alone", pa.float64()),
     ]
 )
-# `instruction` is its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
-SCORES = MEASURED.append(pa.field("instruction", pa.string()))
+ATTENTION_MEASURED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_response_tokens", pa.int32()),
+        (ATTENTION, pa.float64()),
+    ]
+)
+# Its beginning, for people: whoever ranks the rows need not read the data set to show some of them.
+INSTRUCTION = pa.field("instruction", pa.string())
+
+
+class _Measuring(NamedTuple):
+    """One way to measure rows: who measures, what a row becomes, and the columns that it is written in."""
+
+    measurer: Callable[[Chain, TrainingRows, Hardware], Measure]
+    record: type[Measured]
+    schema: pa.Schema
 
 
 def run(run: Run) -> StepResult:
-    """Measures both models, one artifact each; the result is the student's scores."""
+    """Measures both models, and the student's attention where the difficulty reads it; the result is the student's.
+
+    A KD method that trains on stored answers has them made first.
+    """
     chain = Chain(run)
     for who in answers_of(run.config.kd_method):
         make_answers(chain, who)
@@ -97,18 +118,24 @@ def _measure(chain: Chain, who: str) -> StepResult:
 
 def score_student(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
     """Cross entropy, an answer and its ROUGE-L of every row; see `_measured`."""
-    return _measured(chain, "student", _student_measurer, folder, processes)
+    return _measured(chain, "student", _Measuring(_student_measurer, ScoredRecord, MEASURED), folder, processes)
+
+
+def score_attention(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
+    """The attention variance of every row under the student; see `_measured`."""
+    measuring = _Measuring(_attention_measurer, AttentionRecord, ATTENTION_MEASURED)
+    return _measured(chain, "attention", measuring, folder, processes)
 
 
 def score_teacher(chain: Chain, folder: Path, processes: Processes) -> dict[str, Any]:
     """Cross entropy of every row; see `_measured`."""
-    return _measured(chain, "teacher", _teacher_measurer, folder, processes)
+    return _measured(chain, "teacher", _Measuring(_teacher_measurer, ScoredRecord, MEASURED), folder, processes)
 
 
 def _measured(
     chain: Chain,
     who: str,
-    measurer: Callable[[Chain, TrainingRows, Hardware], Measure],
+    measuring: _Measuring,
     folder: Path,
     processes: Processes,
 ) -> dict[str, Any]:
@@ -126,22 +153,23 @@ def _measured(
             memory_errors_explained(hardware, f"measuring the {who}"),
             progress(f"{chain.config.dataset.name}: measuring the {who}", num_rows) as advance,
         ):
-            measure = measurer(chain, rows, hardware)
+            measure = measuring.measurer(chain, rows, hardware)
             for path, ids in missing:
-                durable.write_parquet(path, _table(measure([rows.train.row(record_id) for record_id in ids])))
+                measured = measure([rows.train.row(record_id) for record_id in ids])
+                durable.write_parquet(path, _table(measured, measuring.schema))
                 advance(len(ids))
     if not processes.is_first:
         return {}
-    measured = [row for path in files.all(len(shards)) for row in pq.read_table(path).to_pylist()]
-    by_id = {row["id"]: ScoredRecord(**row) for row in measured}
-    scored = [by_id[record_id] for record_id in rows.train.ids]
-    _write(folder, rows, scored)
+    by_id = {row["id"]: row for path in files.all(len(shards)) for row in pq.read_table(path).to_pylist()}
+    scored = [measuring.record(**by_id[record_id]) for record_id in rows.train.ids]
+    _write(folder, rows, scored, measuring.schema)
     return {"num_rows": len(scored), "figures": _figures(scored)}
 
 
-def _write(folder: Path, rows: TrainingRows, scored: Sequence[ScoredRecord]) -> None:
-    beginnings = pa.array([rows.records[row.id].beginning for row in scored], pa.string())
-    durable.write_parquet(folder / "scores.parquet", pa.table([*_table(scored).columns, beginnings], schema=SCORES))
+def _write(folder: Path, rows: TrainingRows, scored: Sequence[Measured], schema: pa.Schema) -> None:
+    beginnings = pa.array([rows.records[row.id].beginning for row in scored], INSTRUCTION.type)
+    columns = [*_table(scored, schema).columns, beginnings]
+    durable.write_parquet(folder / "scores.parquet", pa.table(columns, schema=schema.append(INSTRUCTION)))
     durable.write_jsonl(
         folder / "dropped.jsonl",
         [{"location": row.location, "reason": row.reason, "id": row.id} for row in rows.dropped],
@@ -159,6 +187,19 @@ def _teacher_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> M
     def measure(shard: list[TokenisedRow]) -> list[ScoredRecord]:
         measured = measure_teacher(teacher, shard, num_real_tokens=num_real, hardware=hardware)
         _refuse_non_finite(measured, "teacher")
+        return measured
+
+    return measure
+
+
+def _attention_measurer(chain: Chain, rows: TrainingRows, hardware: Hardware) -> Measure:
+    """The variance of the student's attention weights, by its own eager attention."""
+    loaded = load_model(loadable(chain, chain.student), device=hardware.device, dtype_override=None, dropout=None)
+    model = split_model(loaded.model).model
+
+    def measure(shard: list[TokenisedRow]) -> list[AttentionRecord]:
+        measured = measure_attention(model, shard, hardware=hardware)
+        _refuse_non_finite(measured, "student", ATTENTION)
         return measured
 
     return measure
@@ -216,26 +257,30 @@ def _first_token(loaded: LoadedModel) -> int:
     return int(begins) if begins is not None else min(loaded.eos_token_ids)
 
 
-def _refuse_non_finite(measured: Sequence[ScoredRecord], who: str) -> None:
-    bad = [row.id for row in measured if not math.isfinite(row.cross_entropy)]
+def _refuse_non_finite(measured: Sequence[Measured], who: str, column: str = "cross_entropy") -> None:
+    bad = [row.id for row in measured if not math.isfinite(getattr(row, column))]
     if bad:
         raise NonFiniteError(
-            f"the {who}'s cross entropy is not finite",
+            f"the {who}'s {column.replace('_', ' ')} is not finite",
             where=f"records {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}",
             fix=f"check the {who}'s weights, or use {who}.dtype=float32 hardware.precision=float32",
         )
 
 
-def _table(scored: Sequence[ScoredRecord]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in MEASURED.names}
-    return pa.table(columns, schema=MEASURED)
+def _table(scored: Sequence[Measured], schema: pa.Schema) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in scored] for name in schema.names}
+    return pa.table(columns, schema=schema)
 
 
-def _figures(scored: Sequence[ScoredRecord]) -> dict[str, Any]:
-    """Means over the rows: what a person looks at first."""
-    tokens = sum(row.num_response_tokens for row in scored)
-    figures = {"cross_entropy": math.fsum(r.cross_entropy * r.num_response_tokens for r in scored) / tokens}
-    rouge = [row.rouge_l for row in scored if row.rouge_l is not None]
+def _figures(scored: Sequence[Measured]) -> dict[str, Any]:
+    """Means over the rows, of cross entropy over the response tokens: what a person looks at first."""
+    attention = [row.attention_variance for row in scored if isinstance(row, AttentionRecord)]
+    if attention:
+        return {ATTENTION: math.fsum(attention) / len(attention)}
+    rows = [row for row in scored if isinstance(row, ScoredRecord)]
+    tokens = sum(row.num_response_tokens for row in rows)
+    figures = {"cross_entropy": math.fsum(r.cross_entropy * r.num_response_tokens for r in rows) / tokens}
+    rouge = [row.rouge_l for row in rows if row.rouge_l is not None]
     if rouge:
         figures["rouge_l"] = 100 * math.fsum(rouge) / len(rouge)
     return figures

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pocl_cli.artifacts import durable
 from pocl_cli.errors import ArtifactError
 from pocl_cli.models.load import load_model, load_tokenizer
+from pocl_cli.records import ATTENTION
 from pocl_cli.registry import difficulty_measurers
 from pocl_cli.run import Run
 from pocl_cli.steps import partition, score
@@ -34,6 +35,12 @@ DIFFICULTIES: list[dict[str, Any]] = [
     {"name": "rrf", "k": 60},
     {"name": "rrf", "k": 5, "members": ["ifd", {"name": "length", "part": "response", "weight": 0.5}]},
     {"name": "mean_rank", "members": ["rouge_l", "teacher_gap", {"name": "random", "seed": 3}]},
+]
+# Those that read what a pass of its own measures, when one of them is first asked for.
+BY_ATTENTION: list[dict[str, Any]] = [
+    {"name": "attention"},
+    {"name": "rrf", "k": 60, "members": ["attention", "rouge_l"]},
+    {"name": "mean_rank", "members": [{"name": "attention", "weight": 2}, "teacher_gap"]},
 ]
 
 
@@ -96,6 +103,27 @@ def test_partition_when_the_difficulty_changes_then_nothing_is_measured_again(ru
     assert ["teacher_scores" in artifact.manifest.inputs for artifact in made] == [
         "teacher_gap" in str(values) for values in DIFFICULTIES
     ]
+
+
+def test_partition_when_it_first_reads_the_attention_then_that_alone_is_measured(run: Run, place: Path) -> None:
+    students = score.run(run.for_step("score")).artifact
+
+    with counted_passes() as passes:
+        first = partition.run(with_difficulty(run, BY_ATTENTION[0])).artifact
+    made = [first, *(partition.run(with_difficulty(run, values)).artifact for values in BY_ATTENTION[1:])]
+
+    # A pass to compare the output head with the model's, one to try its attention in either layout, one a batch.
+    assert 0 < len(passes) <= 12
+    attention = Chain(with_difficulty(run, BY_ATTENTION[0])).score_key("attention").id
+    assert {artifact.manifest.inputs["attention_scores"] for artifact in made} == {attention}
+    assert {artifact.manifest.inputs["scores"] for artifact in made} == {students.id}
+    assert Chain(with_difficulty(run, BY_ATTENTION[2])).score_key("student").id == students.id
+    measured = Chain(run).store.find(Chain(run).score_key("attention"))
+    assert measured is not None
+    variances = {row["id"]: row[ATTENTION] for row in pq.read_table(measured.path / "scores.parquet").to_pylist()}
+    order = pq.read_table(first.path / "partition.parquet")["id"].to_pylist()
+    assert [variances[record_id] for record_id in order] == sorted(variances.values(), reverse=True)
+    assert len(set(variances.values())) > 20
 
 
 def test_partition_when_the_teachers_scores_are_missing_then_they_alone_are_made(run: Run, place: Path) -> None:

@@ -62,6 +62,7 @@ class Case:
 
 CASES = [
     Case("score", FILES["score"], score.score_student),
+    Case("score", FILES["score"], score.score_attention),
     Case("score", FILES["score"], score.score_teacher),
     Case("score", FILES["answers"], stored_answers.answers_of_teacher),
     Case("score", FILES["answers"], stored_answers.answers_of_student),

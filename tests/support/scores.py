@@ -24,7 +24,7 @@ TEACHERS_CROSS_ENTROPY = 0.5
 
 
 def make_scores(rows: Sequence[ScoredRecord]) -> Scores:
-    """Columns of `rows`, and a teacher to which all rows are the same."""
+    """Columns of `rows`, and a teacher and an attention to which all rows are the same."""
     table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
     theirs = pa.array([TEACHERS_CROSS_ENTROPY] * len(rows), pa.float64())
-    return Scores(table.append_column("teacher_cross_entropy", theirs))
+    return Scores(table.append_column("teacher_cross_entropy", theirs).append_column("attention_variance", theirs))

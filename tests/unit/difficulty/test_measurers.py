@@ -29,6 +29,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "ifd": {"name": "ifd"},
     "length": {"name": "length", "part": "response"},
     "teacher_gap": {"name": "teacher_gap"},
+    "attention": {"name": "attention"},
     "rouge_l": {"name": "rouge_l"},
     "cross_entropy": {"name": "cross_entropy"},
     "random": {"name": "random", "seed": 10},
@@ -149,6 +150,18 @@ def test_teacher_gap_when_both_models_find_a_row_hard_then_it_is_not() -> None:
     assert _measurer("teacher_gap")(replace(scores, table=table)).tolist() == [0.5, 0.0, 1.5, 0.5]
 
 
+def test_attention_when_the_student_looks_widely_then_the_row_is_hard() -> None:
+    scores = make_scores(ROWS)
+    place = scores.table.column_names.index("attention_variance")
+    table = scores.table.set_column(place, "attention_variance", pa.array([0.02, 0.0, 0.01, 0.01]))
+    measured = replace(scores, table=table)
+    assert _measurer("attention")(measured).tolist() == [-0.02, 0.0, -0.01, -0.01]
+    # Ranks 1, 4, 2.5, 2.5, and those of the cross entropy: 1, 4, 2.5, 2.5.
+    fused = _measurer("mean_rank", members=["attention", {"name": "cross_entropy", "weight": 3}])
+    assert fused.needs == {"attention_variance", "cross_entropy"}
+    assert fused(measured).tolist() == [1, 4, 2.5, 2.5]
+
+
 def test_random_when_seeded_then_is_uniform_repeatable_and_another_with_another_seed() -> None:
     rows = make_scores([_row(f"{index:016x}", None, math.nan) for index in range(4000)])
     first = _measurer("random")(rows)
@@ -218,6 +231,7 @@ def test_needs_when_a_metric_is_unused_then_it_is_not_required() -> None:
         "ifd": {"cross_entropy", "cross_entropy_alone"},
         "length": {"num_prompt_tokens", "num_response_tokens"},
         "teacher_gap": {"cross_entropy", "teacher_cross_entropy"},
+        "attention": {"attention_variance"},
         "rrf": {"rouge_l", "cross_entropy"},
         "rouge_l": {"rouge_l"},
         "cross_entropy": {"cross_entropy"},
