@@ -38,7 +38,11 @@ PLANNED_STEPS = {
     r"paper/(gpt2|opt)_(fkl|rkl|jsd|tvd|s.kl|gkd|seqkd)": 3580,
 }
 # What a choice needs beside it to be valid by itself.
-COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["teacher.path=owner/name"]}
+COMPANIONS = {
+    "dataset=local": ["dataset.path=rows.jsonl"],
+    "teacher=none": ["teacher.path=owner/name"],
+    "kd_method=distillm": ["dataset.dev_size=9"],
+}
 
 
 def options(group: str) -> list[str]:
