@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field
 
 from pocl_cli.schema import DecodingConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from pocl_cli.losses.divergence import KDMethod
     from pocl_cli.losses.evolving import MethodState
 
@@ -78,6 +82,39 @@ class OnPolicy(ChoosesRows, Protocol):
     @property
     def decoding(self) -> DecodingConfig:
         """How the answers are drawn; the data set's limit on tokens holds besides."""
+        ...
+
+
+class SampledTokens(NamedTuple):
+    """What both models give the N tokens of some generated answers, in nats; constants, without gradients.
+
+    Attributes:
+        student_N: log-probability of each token under the student, at the distillation temperature.
+        teacher_N: under the teacher, at the same.
+        drawn_N: under the student as it was when it drew, at the sampling temperature.
+        lengths: number of tokens of each answer; they follow each other.
+    """
+
+    student_N: Tensor  # noqa: N815 (fields carry shape suffixes too)
+    teacher_N: Tensor  # noqa: N815
+    drawn_N: Tensor  # noqa: N815
+    lengths: Sequence[int]
+
+
+@runtime_checkable
+class PolicyGradient(Protocol):
+    """What a KD method has besides where a token of an answer counts by what came after it.
+
+    To the divergence's gradient per token, c·∇ log q(token) is added, where c is a constant. Values stay as they are.
+    """
+
+    @property
+    def sampling_temperature(self) -> float:
+        """That of the answers."""
+        ...
+
+    def policy_weights(self, tokens: SampledTokens) -> Tensor:
+        """c of each token of generated rows `[N]`."""
         ...
 
 

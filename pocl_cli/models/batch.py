@@ -29,6 +29,7 @@ class Batch:
     Attributes:
         ids: record ids of the B rows.
         lengths: prompt and response tokens of each row.
+        response_lengths: those of its response, or what else of it counts.
         input_ids_T: prompt and response of each row.
         position_ids_T: each token's place in its row.
         selected_N: index among T of every token whose next one is a response token: those whose hidden states count.
@@ -37,6 +38,7 @@ class Batch:
 
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
     input_ids_T: Tensor
     position_ids_T: Tensor
     selected_N: Tensor
@@ -57,7 +59,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         tensors = (self.input_ids_T, self.position_ids_T, self.selected_N, self.targets_N)
-        return Batch(self.ids, self.lengths, *(_moved(tensor, device) for tensor in tensors))
+        return Batch(self.ids, self.lengths, self.response_lengths, *(_moved(tensor, device) for tensor in tensors))
 
 
 def make_batch(
@@ -70,6 +72,7 @@ def make_batch(
     return Batch(
         tuple(ids),
         lengths,
+        tuple(map(len, selected)),
         torch.tensor([token for row in rows for token in row], dtype=torch.long),
         torch.cat([torch.arange(length) for length in lengths]),
         torch.tensor(places, dtype=torch.long),

@@ -10,13 +10,14 @@ teacher, V logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pocl_cli.losses.divergence import KDMethod
+from pocl_cli.losses.on_policy import PolicyGradient, SampledTokens
 from pocl_cli.models.batch import Batch, make_batch
 from pocl_cli.models.head import OutputHead
 from pocl_cli.records import TokenisedRow
@@ -101,6 +102,7 @@ def distillation_loss(
     chunk_tokens: int,
     teacher_hidden_NE: Tensor | None = None,
     teacher_head: OutputHead | None = None,
+    answer_lengths: Sequence[int] | None = None,
 ) -> ObjectiveOutput:
     """The distillation loss of N response tokens, worked through in chunks.
 
@@ -119,6 +121,8 @@ def distillation_loss(
         chunk_tokens: response tokens at a time, from `tokens_per_chunk`.
         teacher_hidden_NE: the teacher's hidden states of the same tokens; not read where the effective ratio is 0.
         teacher_head: the teacher's head; not read where the effective ratio is 0.
+        answer_lengths: where the student has sampled the tokens, those of each answer; a method that follows the
+            gradient of a policy adds it then. None: the tokens are of another origin.
     """
     ratio = effective_kd_ratio(method, kd_ratio)
     assert 0 <= ratio <= 1, f"kd_ratio must be in 0..1, got {kd_ratio}"
@@ -143,6 +147,9 @@ def distillation_loss(
     )
     parameters = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (student_hidden_ND.requires_grad or parameters):
+        if teacher is not None and answer_lengths is not None and isinstance(method, PolicyGradient):
+            weights_N = _policy_weights(terms, method, student_hidden_ND, answer_lengths, chunk_tokens)
+            terms = replace(terms, policy_weights_N=weights_N)
         loss, ce_N, kd_N = _LossWithGradient.apply(student_hidden_ND, terms, chunk_tokens, *parameters)  # type: ignore[no-untyped-call]
     else:
         ce_N, kd_N = terms.empty(student_hidden_ND)
@@ -154,7 +161,13 @@ def distillation_loss(
 
 @torch.no_grad()
 def cross_entropy_per_token(
-    hidden_ND: Tensor, head: OutputHead, targets_N: Tensor, *, num_real_tokens: int, chunk_tokens: int
+    hidden_ND: Tensor,
+    head: OutputHead,
+    targets_N: Tensor,
+    *,
+    num_real_tokens: int,
+    chunk_tokens: int,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Negative log-likelihood of each target `[N]` in nats, without gradients, in chunks."""
     ce_N = torch.empty(len(targets_N), dtype=_at_least_float32(hidden_ND.dtype), device=hidden_ND.device)
@@ -162,8 +175,31 @@ def cross_entropy_per_token(
         projected_nV = head.project(hidden_ND[chunk])
         for tile, tokens in _tiles(projected_nV, chunk):
             logits_tV = _real_logits(head, projected_nV[tile], num_real_tokens)
+            if temperature != 1:
+                logits_tV = logits_tV / temperature
             ce_N[tokens] = logits_tV.logsumexp(dim=-1) - _at_targets(logits_tV, targets_N[tokens])
     return ce_N
+
+
+def _policy_weights(
+    terms: _Terms, method: PolicyGradient, hidden_ND: Tensor, lengths: Sequence[int], chunk_tokens: int
+) -> Tensor:
+    """The policy's constant of each token `[N]`, from a pass over the chunks of its own: it depends on later tokens."""
+    assert terms.teacher is not None, "a policy follows a teacher"
+    assert sum(lengths) == len(hidden_ND), "the answers have all tokens"
+
+    def logprobs(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
+        real = terms.num_real_tokens
+        return -cross_entropy_per_token(
+            hidden, head, terms.targets_N, num_real_tokens=real, chunk_tokens=chunk_tokens, temperature=temperature
+        )
+
+    teacher_head, teacher_hidden_NE = terms.teacher
+    student_N = drawn_N = logprobs(hidden_ND, terms.student_head, terms.temperature)
+    if method.sampling_temperature != terms.temperature:
+        drawn_N = logprobs(hidden_ND, terms.student_head, method.sampling_temperature)
+    teacher_N = logprobs(teacher_hidden_NE, teacher_head, terms.temperature)
+    return method.policy_weights(SampledTokens(student_N, teacher_N, drawn_N, lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +214,7 @@ class _Terms:
     num_real_tokens: int
     ce_weight: float
     kd_weight: float
+    policy_weights_N: Tensor | None = None
 
     def empty(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both terms per token; zeros, so that a term which is not computed reads 0."""
@@ -204,6 +241,9 @@ class _Terms:
             ce_N[tokens], kd_N[tokens], gradient_tV = self._per_token(
                 logits_tV.detach(), teacher_tV, self.targets_N[tokens], with_gradient=with_gradient
             )
+            if with_gradient and self.policy_weights_N is not None:
+                assert gradient_tV is not None, "there is a gradient"
+                self._add_policy_gradient(gradient_tV, logits_tV.detach(), tokens)
             if with_gradient:
                 (projected_nV[tile],) = torch.autograd.grad(logits_tV, projected_tV, gradient_tV)
 
@@ -238,6 +278,13 @@ class _Terms:
             gradient_tV.add_((logits_tV - log_normaliser_t[:, None]).exp_(), alpha=self.ce_weight)
             gradient_tV.scatter_add_(-1, targets_t[:, None], gradient_tV.new_full((len(targets_t), 1), -self.ce_weight))
         return ce_t, kd_t, gradient_tV
+
+    def _add_policy_gradient(self, gradient_tV: Tensor, logits_tV: Tensor, tokens: slice) -> None:
+        """Adds c·∇ log q(target) to the gradient of the student's logits: c/T at the target, less c/T · q."""
+        assert self.policy_weights_N is not None, "there is no policy"
+        scale_t1 = self.policy_weights_N[tokens, None] * (self.kd_weight / self.temperature)
+        gradient_tV.sub_(self._tempered(logits_tV).exp_().mul_(scale_t1))
+        gradient_tV.scatter_add_(-1, self.targets_N[tokens, None], scale_t1.to(gradient_tV.dtype))
 
     def weigh(self, ce_n: Tensor, kd_n: Tensor) -> Tensor:
         """The share of these tokens in the loss."""

@@ -118,6 +118,7 @@ def accumulate(
                 kd_ratio=part.kd_ratio,
                 normaliser=num_tokens / part.weight,
                 method=part.method or method,
+                sampled=part.rows == "generated",
             )
             ce, kd = output.ce_sum / num_tokens, output.kd_sum / num_tokens
             total += torch.stack([output.loss.detach(), ce, kd])

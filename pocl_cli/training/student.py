@@ -55,9 +55,19 @@ class StudentWithObjective(nn.Module):
         return self.headed.packs and (self.teacher is None or self.teacher.packs)
 
     def forward(
-        self, batch: Batch, *, temperature: float, kd_ratio: float, normaliser: float, method: KDMethod | None = None
+        self,
+        batch: Batch,
+        *,
+        temperature: float,
+        kd_ratio: float,
+        normaliser: float,
+        method: KDMethod | None = None,
+        sampled: bool = False,
     ) -> ObjectiveOutput:
-        """The loss of a batch under the step's temperature, ratio and, for one that evolves, method."""
+        """The loss of a batch under the step's temperature, ratio and, for one that evolves, method.
+
+        `sampled` says that the responses are answers which this student has drawn.
+        """
         batch = batch.to(self.hardware.device)
         method = self.method if method is None else method
         ratio = effective_kd_ratio(method, kd_ratio)
@@ -75,4 +85,5 @@ class StudentWithObjective(nn.Module):
                 chunk_tokens=self.chunk_tokens,
                 teacher_hidden_NE=teacher_hidden_NE,
                 teacher_head=self.teacher.head if self.teacher is not None else None,
+                answer_lengths=batch.response_lengths if sampled else None,
             )
