@@ -11,9 +11,7 @@ from pocl_cli.errors import ConfigError, DataError
 from pocl_cli.records import Stage
 
 
-class StageRow(TypedDict):
-    """One entry of `stages.json`. `lr` is the stage's first learning rate, `steps` its optimizer steps."""
-
+class _PlannedRow(TypedDict):
     stage: int
     num_rows: int
     epochs: int
@@ -21,6 +19,15 @@ class StageRow(TypedDict):
     temperature: float
     kd_ratio: float
     lr: float
+
+
+class StageRow(_PlannedRow, total=False):
+    """One entry of `stages.json`. `lr` is the stage's first learning rate, `steps` its optimizer steps.
+
+    `max_cross_entropy` is that of the hardest of its rows, where they were chosen by it when the stage began.
+    """
+
+    max_cross_entropy: float
 
 
 def steps_per_epoch(num_rows: int, global_batch_size: int, drop_last: bool) -> int:

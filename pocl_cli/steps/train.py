@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from pocl_cli import tables
 from pocl_cli.artifacts import durable
 from pocl_cli.curriculum.audit import StageAudit, audit, steps_made
+from pocl_cli.curriculum.selecting import selecting
 from pocl_cli.curriculum.stage_table import StageRow, table_as_made
 from pocl_cli.errors import ArtifactError
 from pocl_cli.log import get_logger, progress
@@ -29,6 +31,7 @@ from pocl_cli.records import Stage, Subset, answers_of
 from pocl_cli.schema import PoclConfig
 from pocl_cli.seeds import derive_seed
 from pocl_cli.steps.chain import Chain
+from pocl_cli.steps.chosen_rows import as_chosen
 from pocl_cli.steps.dev import dev_figures, kept_dev_figures
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
@@ -44,6 +47,7 @@ from pocl_cli.training.parallel import Processes
 from pocl_cli.training.replay import Replay
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.shards import Rows
+from pocl_cli.training.stage_rows import RowChoice, measure_rows
 from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 from pocl_cli.validation import generates
@@ -125,6 +129,8 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
         batch_size, drop_last = config.train.global_batch_size, config.train.drop_last
         num_steps = steps_made(drawn)
         table = table_as_made(stages, table, num_steps, global_batch_size=batch_size, drop_last=drop_last)
+        if job.choice is not None:
+            stages, table = as_chosen(folder, job.choice, stages, table)
         durable.write_json(folder / "stages.json", table)
         consumed = audit(drawn, stages, table, subsets, global_batch_size=batch_size, drop_last=drop_last)
         _write_model(folder, chain, loaded, adapters, table, figures)
@@ -207,6 +213,8 @@ def _job(
     def evaluate_dev(stage: int) -> dict[str, float]:
         return dev_figures(config, student, loaded, rows, hardware, processes, stage)
 
+    scheduler = selecting(config.curriculum)
+    measure = partial(measure_rows, student, rows.train, hardware=hardware, processes=processes)
     return TrainingJob(
         student=student,
         stages=stages,
@@ -218,6 +226,7 @@ def _job(
         rollout=_rollout(config, loaded) if generates(config) else None,
         replay=_replay(config, loaded, rows) if generates(config) else None,
         processes=processes,
+        choice=RowChoice(scheduler, rows.train.ids, measure) if scheduler else None,
     )
 
 

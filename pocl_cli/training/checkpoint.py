@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pocl_cli.losses.evolving import MethodState
+    from pocl_cli.training.stage_rows import Measured
 
 KEPT = 2
 
-_METHOD_FILE = "method.safetensors"
+_METHOD_FILE, _MEASURED_FILE = "method.safetensors", "measured.safetensors"
 
 # What reading a damaged file raises; a missing one is a ResourceError where it is hashed.
 _DAMAGES = (OSError, ResourceError, NonFiniteError, ValueError, KeyError, TypeError, SafetensorError)
@@ -45,6 +46,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     method_state: MethodState | None = None,
+    measured: Measured | None = None,
     processes: Processes = ALONE,
 ) -> None:
     """Writes `folder/<step>-<stage>/`, then prunes: an old checkpoint goes only after the new one is durable.
@@ -55,6 +57,7 @@ def save(
         model: the whole student.
         optimizer: over its parameters; None between stages, where the next one starts with a fresh one.
         method_state: that of a KD method which evolves.
+        measured: what the rows of stages were chosen by.
         processes: those that train together, on whom the bytes of the run depend.
     """
     target = folder / f"{state.step:08d}-{state.stage:03d}"
@@ -67,6 +70,8 @@ def save(
         durable.write_safetensors(partial / "optimizer.safetensors", _optimizer_tensors(optimizer, model))
     if method_state:
         durable.write_safetensors(partial / _METHOD_FILE, dict(method_state))
+    if measured:
+        durable.write_safetensors(partial / _MEASURED_FILE, dict(measured))
     files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
     record = {"state": state.to_json(), "files": files, "conditions": _conditions(model, processes)}
     durable.write_json(partial / "state.json", {**record, "sha256": _digest(record)})
@@ -132,6 +137,17 @@ def load_method_state(path: Path, model: nn.Module) -> MethodState:
     if not file.exists():
         return {}
     return load_file(file, device=str(next(model.parameters()).device))
+
+
+def load_measured(path: Path) -> Measured:
+    """What the rows of the stages so far were chosen by, from a checkpoint folder; empty where none was chosen."""
+    file = path / _MEASURED_FILE
+    return load_file(file) if file.exists() else {}
+
+
+def newest(folder: Path) -> Path:
+    """The folder of the newest checkpoint; there is one."""
+    return _checkpoints(folder)[-1]
 
 
 def load_optimizer(

@@ -31,6 +31,7 @@ from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.replica import Replica
 from pocl_cli.training.sampler import Sampler
 from pocl_cli.training.signals import Signals
+from pocl_cli.training.stage_rows import Measured, RowChoice
 from pocl_cli.training.state import Best, TrainingState
 from pocl_cli.training.step import Rows, accumulate, of_rollout, rows_of_step
 
@@ -63,8 +64,9 @@ class TrainingJob:
     """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
 
     It is told the stage's index: the stages may be measured on different numbers of rows. `rollout` is there for a KD
-    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers,
-    `replay` for one that uses the student's answers again.
+    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers, `replay`
+    for one that uses the student's answers again. `choice`, where there is one, says at the beginning of a stage which
+    rows it has.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -82,6 +84,7 @@ class TrainingJob:
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
+    choice: RowChoice | None = None
 
 
 def train(job: TrainingJob) -> TrainingState:
@@ -102,6 +105,7 @@ def train(job: TrainingJob) -> TrainingState:
     found = checkpoint.load_newest(checkpoints, student.backbone, processes)
     state, resumed_from = found if found else (TrainingState(), None)
     method_state = checkpoint.load_method_state(resumed_from, student.backbone) if resumed_from else {}
+    measured = checkpoint.load_measured(resumed_from) if resumed_from else {}
     processes.agree_on("the checkpoint to go on from (step, stage)", state.step, state.stage)
     replica = processes.replica(student)
     journal = Journal(job.folder, state, track=job.track) if processes.is_first else SilentJournal()
@@ -125,6 +129,10 @@ def train(job: TrainingJob) -> TrainingState:
                 continue
 
             # ── a stage: weights carried over, and optimizer and learning-rate schedule where it keeps them ───────
+            if job.choice is not None:
+                with replica.whole(), signals.at_once():
+                    measured = job.choice.begin(stage, measured)
+                stage = job.choice.stage(stage, measured)
             sampler = Sampler(
                 stage,
                 seed=settings.seed,
@@ -224,7 +232,7 @@ def train(job: TrainingJob) -> TrainingState:
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
                 if not last and state.step % settings.checkpoint_every == 0:
                     guard.refuse()
-                    state = saved = _save(job, replica, journal, state, method_state, optimizer)
+                    state = saved = _save(job, replica, journal, state, method_state, optimizer, measured)
                     waited = _Waited(state, note=waited.note)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
@@ -234,7 +242,7 @@ def train(job: TrainingJob) -> TrainingState:
                 processes.barrier()  # the next checkpoint removes what has now been read
             state = state.next_stage()
             kept = optimizer if _keeps_optimizer(job, state.stage) else None
-            state = saved = _save(job, replica, journal, state, method_state, kept)
+            state = saved = _save(job, replica, journal, state, method_state, kept, measured)
             resumed_from = None
         if signals.pending is not None:
             raise signals.pending
@@ -243,7 +251,7 @@ def train(job: TrainingJob) -> TrainingState:
         if state != saved:
             if guard is not None:
                 guard.refuse()
-            _save(job, replica, journal, state, method_state, optimizer)
+            _save(job, replica, journal, state, method_state, optimizer, measured)
         raise
     finally:
         signals.release()
@@ -316,13 +324,20 @@ def _save(
     state: TrainingState,
     method_state: MethodState,
     optimizer: torch.optim.Optimizer | None,
+    measured: Measured,
 ) -> TrainingState:
     """Makes all lines durable, then the checkpoint that counts them; the state as it was saved."""
     state = replace(state, metrics_bytes=journal.flush(state.step))
     with replica.whole(optimizer):
         if job.processes.is_first:
             checkpoint.save(
-                _checkpoints(job), state, job.student.backbone, optimizer, method_state, processes=job.processes
+                _checkpoints(job),
+                state,
+                job.student.backbone,
+                optimizer,
+                method_state,
+                measured,
+                processes=job.processes,
             )
     return state
 

@@ -17,7 +17,6 @@ from pocl_cli.artifacts.manifest import verify
 from pocl_cli.errors import ArtifactError
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import load_tokenizer
-from pocl_cli.registry import schedulers
 from pocl_cli.run import Run
 from pocl_cli.steps import distill
 from pocl_cli.steps.chain import Chain
@@ -27,6 +26,7 @@ from pocl_cli.training.measure import measure_cross_entropy
 
 from ..support.processes import die_at_operation, forked
 from ..support.recipe import changed, compose, distilled, promised_hashes, recipe
+from ..support.subsets import with_exposure
 from ..support.training import HARDWARE, dev_lines, read_consumed, read_lines, train_lines
 
 Distil = Callable[..., Artifact]
@@ -117,8 +117,7 @@ def test_run_when_the_loop_saw_other_rows_than_the_table_says_then_gives_no_stud
     assert Store(place / "wrong-rows").find(Chain(changed_run).student_key) is None
 
 
-@pytest.mark.parametrize("curriculum", schedulers.names())
-@pytest.mark.parametrize("exposure", ["epochs", "balanced"])
+@pytest.mark.parametrize(("curriculum", "exposure"), with_exposure())
 def test_curriculum_when_any_is_run_then_it_passes_its_audit(place, curriculum, exposure):
     words = [f"curriculum={curriculum}", f"curriculum.exposure={exposure}", "train.evaluate_every=0"]
 

@@ -19,7 +19,7 @@ from pocl_cli.registry import schedulers
 from pocl_cli.training.journal import CONSUMED
 from pocl_cli.training.sampler import Sampler
 
-from ...support.subsets import make_subsets
+from ...support.subsets import make_subsets, with_exposure
 
 CONF = Path(__file__).parents[3] / "conf" / "curriculum"
 IDS = [f"id{index:02d}" for index in range(24)]
@@ -31,7 +31,7 @@ Draws = list[dict[str, Any]]
 def planned(name: str, *, drop_last: bool = False, max_steps: int | None = None, **changes: Any) -> tuple[Any, ...]:
     """Stages over three subsets, two epochs each, their table and the partition."""
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    if name == "competence":
+    if "initial" in values:
         values["initial"] = 0.3  # the first stage has a whole batch
     subsets = make_subsets(IDS, 3)
     stages = schedulers.build({**values, "stages": 3, "epochs_per_stage": 2, **changes})(subsets)
@@ -62,8 +62,7 @@ def audited(
 
 @pytest.mark.parametrize("max_steps", [None, 3, 12])
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("exposure", ["epochs", "balanced"])
-@pytest.mark.parametrize("name", schedulers.names())
+@pytest.mark.parametrize(("name", "exposure"), with_exposure())
 def test_audit_when_the_sampler_kept_to_the_table_then_says_what_each_stage_used(
     name: str, exposure: str, drop_last: bool, max_steps: int | None
 ) -> None:
