@@ -110,14 +110,16 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
     """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
     trains = step in ("distill", "compare") or (step == "evaluate" and _evaluates_the_student(config))
     answers = answers_of(config.kd_method)
-    asks = asks_teacher(config.kd_method) if trains else step == "score" and "teacher" in answers
+    # A partition may have the rows scored first, and who scores makes the answers.
+    answered = trains or step in ("score", "partition")
+    asks = asks_teacher(config.kd_method) if trains else answered and "teacher" in answers
     if asks and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
             why="teacher=none",
             fix="choose one with teacher=NAME or teacher.path=…, or train without with kd_method=sft",
         )
-    if (trains or step == "score") and answers and not config.dataset.has_prompts:
+    if answered and answers and not config.dataset.has_prompts:
         yield ConfigError(
             f"kd_method={config.kd_method.name} with dataset.format=text",
             why="it trains on answers, and plain text asks for none",

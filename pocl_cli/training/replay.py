@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,16 +19,8 @@ from pocl_cli.seeds import permutation
 if TYPE_CHECKING:
     from pocl_cli.losses.evolving import MethodState
     from pocl_cli.records import TokenisedRow
+    from pocl_cli.training.shards import Rows
     from pocl_cli.training.step import PartRows
-
-
-class Rows(Protocol):
-    """The training rows in a fixed order."""
-
-    @property
-    def ids(self) -> tuple[str, ...]: ...
-
-    def row(self, row_id: str) -> TokenisedRow: ...
 
 
 class Replay:

@@ -176,6 +176,9 @@ def test_validate_when_a_key_names_code_then_it_is_refused_for_security(composed
         ("evaluate", {"evaluation.predictions": "x.jsonl"}, False),
         ("score", {}, False),
         ("partition", {}, False),
+        ("score", {"kd_method": SEQKD}, True),
+        ("partition", {"kd_method": SEQKD}, True),
+        ("evaluate", {"kd_method": SEQKD, "evaluation.model": "gpt2"}, False),
         ("distill", {"kd_method": {"name": "sft"}}, False),
     ],
 )
