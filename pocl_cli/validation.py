@@ -133,6 +133,12 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         )
     if trains:
         yield from _share_of_answers_fits(config)
+    if trains and getattr(config.kd_method, "teacher_mix", False) and config.hardware.parallel == "fsdp":
+        yield ConfigError(
+            f"kd_method.teacher_mix={config.kd_method.teacher_mix} with hardware.parallel=fsdp",
+            why="the teacher is in parts then, and the processes ask it for answers of different lengths",
+            fix="set kd_method.teacher_mix=0, or hardware.parallel=ddp",
+        )
     if trains and config.student.lora.rank and config.hardware.parallel == "fsdp":
         yield ConfigError(
             "student.lora with hardware.parallel=fsdp",

@@ -91,7 +91,7 @@ class SampledTokens(NamedTuple):
     Attributes:
         student_N: log-probability of each token under the student, at the distillation temperature.
         teacher_N: under the teacher, at the same.
-        drawn_N: under the student as it was when it drew, at the sampling temperature.
+        drawn_N: under what the token was drawn from.
         lengths: number of tokens of each answer; they follow each other.
     """
 
@@ -111,6 +111,11 @@ class PolicyGradient(Protocol):
     @property
     def sampling_temperature(self) -> float:
         """That of the answers."""
+        ...
+
+    @property
+    def teacher_mix(self) -> float:
+        """The teacher's share, 0..1, of the probabilities that every token of them is drawn by."""
         ...
 
     def policy_weights(self, tokens: SampledTokens) -> Tensor:

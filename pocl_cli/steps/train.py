@@ -237,6 +237,7 @@ def _rollout(config: PoclConfig, loaded: LoadedModel) -> Rollout:
         eos_token_ids=loaded.eos_token_ids,
         pad_token_id=loaded.pad_token_id,
         max_tokens=config.dataset.max_tokens,
+        teacher_mix=getattr(config.kd_method, "teacher_mix", 0.0),
     )
 
 

@@ -184,7 +184,8 @@ def make_rollout(student: StudentWithObjective, seed: int) -> Rollout:
     """As the toy tokenizer and the data set have it; prompts of toy rows leave room for 64 tokens in all."""
     decoding = student.method.decoding  # type: ignore[attr-defined]
     end = toy_tokenizer().eos_token_id
-    return Rollout(decoding=decoding, seed=seed, eos_token_ids={end}, pad_token_id=0, max_tokens=64)
+    mix = getattr(student.method, "teacher_mix", 0.0)
+    return Rollout(decoding=decoding, seed=seed, eos_token_ids={end}, pad_token_id=0, max_tokens=64, teacher_mix=mix)
 
 
 def make_replay(student: StudentWithObjective, rows: Sequence[TokenisedRow], seed: int) -> Replay:

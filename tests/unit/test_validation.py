@@ -269,6 +269,17 @@ def test_multi_error_when_it_crosses_a_process_then_it_keeps_its_errors(composed
     assert again.exit_code == 2
 
 
+@pytest.mark.parametrize(("mix", "refused"), [(0.2, True), (0.0, False)])
+def test_teacher_that_takes_part_in_answers_when_it_would_be_in_parts_then_is_refused(composed, mix, refused):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("kd_method/minillm").kd_method)
+    parts = {"hardware.parallel": "fsdp", "hardware.num_processes": 2, "plan.num_rows": 10}
+
+    told = mistakes(composed, {"kd_method": {**values, "teacher_mix": mix}, **parts})
+
+    assert any("kd_method.teacher_mix=0.2 with hardware.parallel=fsdp" in one for one in told) is refused
+
+
 @pytest.mark.parametrize(("share", "refused"), [(0.5, True), (0.0, False)])
 def test_method_whose_student_answers_when_the_rows_have_no_prompts_then_is_refused(composed, share, refused):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
