@@ -42,6 +42,7 @@ COMPANIONS = {
     "dataset=local": ["dataset.path=rows.jsonl"],
     "teacher=none": ["teacher.path=owner/name"],
     "kd_method=minillm": ["kd_method.teacher_mix=0"],  # on hardware that cuts the teacher into parts
+    "kd_method=distillm": ["dataset.dev_size=9"],
 }
 
 
