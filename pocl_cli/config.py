@@ -25,6 +25,7 @@ from pocl_cli.mistakes import MultiConfigError
 from pocl_cli.redaction import scrub_values
 from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
+from pocl_cli.teacher_list import named_teachers
 from pocl_cli.validation import preset_names, validate
 
 # What passes from a caller to the recipe that makes its teacher or student.
@@ -35,7 +36,7 @@ PASSED_ON = ("paths", "hardware", "tracker", "upstream")
 class _Composed:
     """What has been composed beside the configuration itself: a sweep asks for the same again and again."""
 
-    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    presets: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     recipes: dict[tuple[str, ...], Run] = field(default_factory=dict)
 
 
@@ -142,7 +143,14 @@ def from_hydra(
                 )
             ]
         )
-    config = validate(values, step, names=options_of("dataset"), presets=_dataset_presets(values))
+    config = validate(
+        values,
+        step,
+        names=options_of("dataset"),
+        presets=_presets("dataset", preset_names(values, options_of("dataset"))),
+        teacher_names=options_of("teacher"),
+        teacher_presets=_presets("teacher", named_teachers(values, options_of("teacher"))),
+    )
     options = tuple(options)
     recipes = _recipes(config, overrides, options, above)
     return Run(step, config, tuple(overrides), scrub_values(values), options, recipes)
@@ -157,13 +165,13 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _dataset_presets(values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """The options of the group `dataset` that `evaluation.datasets` needs, composed all at once."""
-    known = _known().presets
-    needed = [name for name in preset_names(values, options_of("dataset")) if name not in known]
+def _presets(group: str, names: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Options of a group (those of `dataset` that `evaluation.datasets` needs), composed all at once."""
+    known = _known().presets.setdefault(group, {})
+    needed = [name for name in names if name not in known]
     if needed:
         try:
-            composed = compose(overrides=[f"+dataset@preset_{i}={name}" for i, name in enumerate(needed)])
+            composed = compose(overrides=[f"+{group}@preset_{i}={name}" for i, name in enumerate(needed)])
         except COMPOSITION_ERRORS as error:
             raise MultiConfigError([explain(error)]) from error
         known |= {name: _plain(composed[f"preset_{i}"]) for i, name in enumerate(needed)}
@@ -176,15 +184,16 @@ def _dataset_presets(values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any
 def _recipes(
     config: PoclConfig, overrides: Sequence[str], options: tuple[str, ...], above: tuple[str, ...]
 ) -> dict[tuple[str, tuple[str, ...]], Run]:
-    """The runs of `teacher.experiment` and `student.experiment`, each composed from its recipe alone."""
+    """The runs of every model's `experiment`, each composed from its recipe alone."""
     passed = [word for word in overrides if section_of(word) in PASSED_ON]
     folders = [word for word in options if word.startswith("--config-dir")]
     known = options_of("experiment")
     runs: dict[tuple[str, tuple[str, ...]], Run] = {}
     errors: list[PoclError] = []
-    for part, model in (("teacher", config.teacher), ("student", config.student)):
-        name = model.experiment
-        if name is None:
+    teachers = [(f"teachers.{index}", model) for index, model in enumerate(config.teachers)]
+    for part, model in (("teacher", config.teacher), ("student", config.student), *teachers):
+        name = model.experiment if model is not None else None
+        if model is None or name is None:
             continue
         if name not in known:
             errors.append(unknown_option(f"{part}.experiment", name, known))

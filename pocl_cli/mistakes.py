@@ -147,7 +147,8 @@ def _fields(kind: Any) -> list[str]:
 def _field_type(kind: Any, name: str) -> Any:
     """The type of a field (of an optional one without its None); of an entry, where `kind` is a tuple."""
     if get_origin(kind) is tuple and name.isdigit():
-        return get_args(kind)[0]
+        kind = get_args(kind)[0]
+        return next((one for one in get_args(kind) if _fields(one)), kind)
     found = get_type_hints(kind).get(name) if _fields(kind) else None
     sections = [one for one in get_args(found) if _fields(one)]
     return sections[0] if type(None) in get_args(found) and sections else found

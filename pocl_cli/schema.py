@@ -328,10 +328,12 @@ class ComparisonConfig(Section):
 class PoclConfig(Section):
     """One chain: the same overrides given to the commands address the same artifacts.
 
-    `comparison` is there for `pocl compare` alone.
+    `teachers` has an entry a stage where the stages have different ones; None is the composed `teacher`. `comparison`
+    is there for `pocl compare` alone.
     """
 
     teacher: TeacherConfig
+    teachers: tuple[TeacherConfig | None, ...]
     student: StudentConfig
     dataset: DatasetConfig
     kd_method: KDMethod

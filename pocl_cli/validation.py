@@ -14,6 +14,7 @@ from pocl_cli.mistakes import CALL_KEYS, FAMILIES, MultiConfigError, explain_val
 from pocl_cli.records import Convergence, answers_of, asks_teacher, reads_teacher
 from pocl_cli.registry import describe
 from pocl_cli.schema import PoclConfig
+from pocl_cli.teacher_list import with_teachers
 
 LOCAL = "local"
 # Columns of scores that only rows with a prompt have.
@@ -21,7 +22,13 @@ _OF_ANSWERS = frozenset({"rouge_l", "cross_entropy_alone"})
 
 
 def validate(
-    values: Mapping[str, Any], step: str, *, names: Sequence[str], presets: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, Any],
+    step: str,
+    *,
+    names: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    teacher_names: Sequence[str] = (),
+    teacher_presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> PoclConfig:
     """The frozen configuration that plain values describe.
 
@@ -30,6 +37,8 @@ def validate(
         step: the command that it is for: some rules belong to one.
         names: the options of the group `dataset`.
         presets: the values of those options that `preset_names` asks for.
+        teacher_names: the options of the group `teacher`.
+        teacher_presets: the values of those options that `named_teachers` asks for.
 
     Raises:
         MultiConfigError: every mistake, nearest keys named.
@@ -37,6 +46,7 @@ def validate(
     errors: list[PoclError] = [_refused(path) for path in keys_of(values) if path.rpartition(".")[2] in CALL_KEYS]
     checked = {key: _without_calls(value) for key, value in values.items()}
     checked = _with_datasets(checked, names, presets, errors)
+    checked = with_teachers(checked, teacher_names, teacher_presets or {}, errors)
     for section, family in FAMILIES.items():
         if section not in checked:
             continue
@@ -119,6 +129,8 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             why="teacher=none",
             fix="choose one with teacher=NAME or teacher.path=…, or train without with kd_method=sft",
         )
+    if trains and config.teachers:
+        yield from _teachers_fit(config)
     if answered and answers and not config.dataset.has_prompts:
         yield ConfigError(
             f"kd_method={config.kd_method.name} with dataset.format=text",
@@ -216,6 +228,34 @@ def _dev_rows_fit(config: PoclConfig) -> Iterator[PoclError]:
 def _evaluates_the_student(config: PoclConfig) -> bool:
     """Whether `pocl evaluate` is about the student that these overrides address, and so about its training."""
     return config.evaluation.predictions is None and config.evaluation.model in (None, "student")
+
+
+def _teachers_fit(config: PoclConfig) -> Iterator[PoclError]:
+    if len(config.teachers) != config.curriculum.stages:
+        yield ConfigError(
+            f"teachers has {len(config.teachers)} entries for curriculum.stages={config.curriculum.stages}",
+            why="every stage has one teacher",
+            fix="give one a stage, null for the composed teacher; or teachers=[] for that one in all stages",
+        )
+    if not config.teacher.present:
+        yield ConfigError(
+            "teachers with teacher=none",
+            why="the teachers of the stages stand in for the composed one",
+            fix="choose the last, strongest one with teacher=NAME, or set teachers=[]",
+        )
+    for index, teacher in enumerate(config.teachers):
+        if teacher is not None and not teacher.present:
+            yield ConfigError(
+                f"teachers.{index} names no model",
+                why="path and experiment are both null",
+                fix="give one of them, the name of a teacher, or null for the composed one",
+            )
+    if "teacher" in answers_of(config.kd_method):
+        yield ConfigError(
+            f"kd_method={config.kd_method.name} with teachers",
+            why="it trains on stored answers, which are those of one teacher",
+            fix="set teachers=[], or choose a method that reads the teacher's distributions (kd_method=fkl, jsd, …)",
+        )
 
 
 def may_end_early(config: PoclConfig) -> bool:

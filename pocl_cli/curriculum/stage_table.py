@@ -24,10 +24,12 @@ class _PlannedRow(TypedDict):
 class StageRow(_PlannedRow, total=False):
     """One entry of `stages.json`. `lr` is the stage's first learning rate, `steps` its optimizer steps.
 
-    `max_cross_entropy` is that of the hardest of its rows, where they were chosen by it when the stage began.
+    `max_cross_entropy` is that of the hardest of its rows, where they were chosen by it when the stage began; `teacher`
+    the short name of the stage's, where the stages have different ones.
     """
 
     max_cross_entropy: float
+    teacher: str
 
 
 def steps_per_epoch(num_rows: int, global_batch_size: int, drop_last: bool) -> int:

@@ -6,7 +6,7 @@ paths, tracker or logging. Raise a kind's version when its output would change.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,26 @@ class Chain:
             return None
         return resolve_teacher(self._made(section), self.store, hashes=self.hashes)
 
+    @cached_property
+    def lessons(self) -> list[Chain]:
+        """This chain as each stage sees it, with the stage's teacher for its own; empty where all have the same one."""
+        if not self.config.kd_method.needs_teacher:
+            return []
+        sections = [one or self.config.teacher for one in self.config.teachers]
+        by_section = {section: self._taught_by(section) for section in sections}
+        return [by_section[section] for section in sections]
+
+    @property
+    def taught(self) -> list[Chain]:
+        """The chains of different teachers, in the order in which they teach; none for a method that needs none."""
+        if not self.config.kd_method.needs_teacher:
+            return []
+        return list({lesson.config.teacher: lesson for lesson in self.lessons}.values()) or [self]
+
+    def _taught_by(self, section: TeacherConfig) -> Chain:
+        config = self.config.model_copy(update={"teacher": section, "teachers": ()})
+        return Chain(replace(self.run, config=config))
+
     def model(self, who: str) -> ModelSource:
         """The `student` before distillation, or the `teacher`, which must be there."""
         source = self.student if who == "student" else self.teacher
@@ -83,6 +103,8 @@ class Chain:
         models: dict[str, Any] = {"student": self._made(self.config.student)} if self._asks_student else {}
         if self._asks_teacher:
             models["teacher"] = self._made(self.config.teacher)
+        if self._asks_teacher and self.run.step != "score":
+            models["teachers"] = tuple(one and self._made(one) for one in self.config.teachers)
         return self.config.model_copy(update={**models, "upstream": "require"})
 
     @property
@@ -216,6 +238,8 @@ class Chain:
         if config.kd_method.needs_teacher:
             assert self.teacher is not None, "configuration refuses a method that needs a teacher and has none"
             identity["teacher"] = self.teacher.identity
+        if self.lessons:
+            identity["teacher"] = [lesson.model("teacher").identity for lesson in self.lessons]
         if config.curriculum.needs_partition:
             identity["partition"] = self.partition_key.id
         if answerers := answers_of(config.kd_method):

@@ -67,15 +67,19 @@ def verdicts(checks: Iterable[Check]) -> list[tuple[str, str, str]]:
 def of_training(chain: Chain) -> list[Check]:
     """For `distill`."""
     needed = chain.config.dataset.max_tokens
-    student, teacher = _student(chain), _teacher(chain) if chain.config.kd_method.needs_teacher else None
+    student = _student(chain)
+    teachers = [
+        _teacher(one, f"teacher {one.config.teacher.name}" if chain.lessons else "teacher") for one in chain.taught
+    ]
     checks = [*student.checks(), student.context(needed)]
     if chain.config.student.lora.rank:
         checks.append(Check("student: adapters", _adapters_can_be_made))
-    if teacher is not None:
+    for teacher in teachers:
         checks += [*teacher.checks(), teacher.context(needed), _same_tokenizer(teacher, student)]
 
     def memory() -> Bytes:
-        beside = teacher.sizes if teacher is not None and not chain.stores_teacher else None
+        running = [teacher.sizes for teacher, one in zip(teachers, chain.taught, strict=True) if not one.stores_teacher]
+        beside = max(running, key=lambda sizes: sizes.weights, default=None)
         section = chain.config.hardware
         return training_memory(student.sizes, beside, set_up_hardware(section), section.num_parts)
 
@@ -207,12 +211,12 @@ def _student(chain: Chain) -> _Model:
     return _Model("student", lambda: chain.student, chain.config.student.lora)
 
 
-def _teacher(chain: Chain) -> _Model:
+def _teacher(chain: Chain, role: str = "teacher") -> _Model:
     def resolve() -> ModelSource:
         assert chain.teacher is not None, "configuration refuses a method that needs a teacher and has none"
         return chain.teacher
 
-    return _Model("teacher", resolve)
+    return _Model(role, resolve)
 
 
 def _same_tokenizer(teacher: _Model, student: _Model) -> Check:
@@ -220,7 +224,7 @@ def _same_tokenizer(teacher: _Model, student: _Model) -> Check:
         count = compare_tokenizers(teacher.tokenizer, student.tokenizer)
         return Finding(f"both share {count:,} tokens")
 
-    return Check("teacher and student: tokenizers", look)
+    return Check(f"{teacher.role} and {student.role}: tokenizers", look)
 
 
 # ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -64,7 +64,8 @@ def _inputs(chain: Chain) -> dict[str, str]:
         inputs["partition"] = obtain(chain.run, "partition", chain.partition_key, chain.store).id
     for who in answers_of(chain.config.kd_method):
         inputs[f"{who}_answers"] = obtain_answers(chain, who).id
-    for part, source in (("student", chain.student), ("teacher", chain.teacher)):
+    lessons = [(f"teacher_{stage}", lesson.teacher) for stage, lesson in enumerate(chain.lessons)]
+    for part, source in (("student", chain.student), ("teacher", chain.teacher), *lessons):
         if source is not None and "student" in source.identity:
             inputs[part] = str(source.identity["student"])
     return inputs

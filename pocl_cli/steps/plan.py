@@ -80,11 +80,7 @@ def _estimates(
         return estimates
     try:
         student = chain.student
-        teacher = chain.teacher if config.kd_method.needs_teacher else None
         rows = _encoded(config, student, records[:: max(1, len(records) // SAMPLE_ROWS)])
-        sizes = {"student": sizes_of(student, config.student.lora)} | (
-            {"teacher": sizes_of(teacher)} if teacher else {}
-        )
         mean = statistics.fmean(row.num_tokens for row in rows)
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
@@ -96,8 +92,8 @@ def _estimates(
         # Each row counts once for each model whose answer to it is trained on.
         times = max(1, len(answers_of(config.kd_method)))
         trained = _Tokens(times * sequences * mean, times * sequences * response)
-        stored = _Tokens(times * once.total, times * once.response) if chain.stores_teacher else None
-        return estimates | _costs(chain, sizes, trained, stored)
+        stored = _Tokens(times * once.total, times * once.response)
+        return estimates | _costs(chain, _taught_shares(chain, table), trained, stored)
     except PoclError as error:
         return estimates | {"tokens, memory, disk, time": f"not known: {error}"}
 
@@ -130,35 +126,50 @@ def _encoded(config: PoclConfig, student: ModelSource, records: Sequence[Record]
     return [row for row in rows if isinstance(row, TokenisedRow)]
 
 
-def _costs(chain: Chain, sizes: dict[str, Sizes], trained: _Tokens, once: _Tokens | None) -> dict[str, Any]:
-    """Memory, disk and time of a run over `trained` tokens; `once`: the rows' own, where the teacher is stored."""
+def _taught_shares(chain: Chain, table: Sequence[StageRow]) -> list[tuple[Chain, float]]:
+    """The chain of every teacher, and the share of the steps that it teaches."""
+    if not chain.lessons:
+        return [(one, 1.0) for one in chain.taught]
+    total = max(sum(row["steps"] for row in table), 1)
+    taught = list(zip(chain.lessons, table, strict=True))
+    return [(one, sum(row["steps"] for lesson, row in taught if lesson is one) / total) for one in chain.taught]
+
+
+def _costs(chain: Chain, teachers: Sequence[tuple[Chain, float]], trained: _Tokens, once: _Tokens) -> dict[str, Any]:
+    """Memory, disk and time of a run over `trained` tokens; `once`: those of the rows, on which a teacher is stored.
+
+    `teachers`: the chain of each, and the share of the tokens that it is asked for.
+    """
     from pocl_cli.models.device import set_up_hardware
     from pocl_cli.steps.teacher import stored_sizes
 
     hardware = set_up_hardware(chain.config.hardware)
-    student, teacher = sizes["student"], sizes.get("teacher")
-    memory = training_memory(student, teacher if not once else None, hardware, chain.config.hardware.num_parts).estimate
+    student = sizes_of(chain.student, chain.config.student.lora)
     # The backward pass costs the forward once for the states and once for the weights that are trained.
     work = (2 + student.trained / student.parameters) * multiply_adds(student, trained)
-    disk: float = training_disk(student).estimate
-    kept: float = student.parameters * 4
+    stored, head, filling = 0.0, 0, 0
+    running: Sizes | None = None
+    for taught, part in teachers:
+        source = taught.model("teacher")
+        teacher, asked = sizes_of(source), _Tokens(part * trained.total, part * trained.response)
+        if not taught.stores_teacher:
+            work += multiply_adds(teacher, asked)
+            running = max(running or teacher, teacher, key=lambda sizes: sizes.weights)
+            continue
+        stored_size = stored_sizes(source)
+        stored += stored_size.head + once.response * stored_size.token
+        head, filling = max(head, stored_size.head), max(filling, stored_size.head + teacher.weights)
+        work += multiply_adds(teacher, once) + teacher.embedding * asked.response
+    bare = training_memory(student, running, hardware, chain.config.hardware.num_parts).estimate
+    disk, kept = training_disk(student).estimate + stored, student.parameters * 4 + stored
     details = {}
-    if teacher and not once:
-        work += multiply_adds(teacher, trained)
-    if teacher and once:
-        assert chain.teacher is not None, "sizes hold a teacher"
-        stored_size = stored_sizes(chain.teacher)
-        stored = stored_size.head + once.response * stored_size.token
-        memory += stored_size.head
-        disk, kept = disk + stored, kept + stored
-        work += multiply_adds(teacher, once) + teacher.embedding * trained.response
-        filling = memory + teacher.weights
+    if stored:
         details["teacher's hidden states (estimate)"] = (
             f"{gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
-            f"and memory rises to {gib(filling)}"
+            f"and memory rises to {gib(bare + filling)}"
         )
     return {
-        "memory (estimate)": f"{gib(memory)} on {hardware.device}",
+        "memory (estimate)": f"{gib(bare + head)} on {hardware.device}",
         "disk (estimate)": f"{gib(disk)} while it runs, {gib(kept)} kept",
         **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),

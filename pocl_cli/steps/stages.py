@@ -33,7 +33,7 @@ def planned_stages(chain: Chain, num_rows: int) -> list[Stage]:
 
 def planned_table(chain: Chain, num_rows: int) -> list[StageRow]:
     """The stage table of a chain's student over so many training rows."""
-    return stages_of(chain.config.train, planned_stages(chain, num_rows))
+    return with_teachers(chain, stages_of(chain.config.train, planned_stages(chain, num_rows)))
 
 
 def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
@@ -46,6 +46,14 @@ def stages_of(config: TrainConfig, stages: Sequence[Stage]) -> list[StageRow]:
         lr_end=config.lr_end,
         max_steps=config.max_steps,
     )
+
+
+def with_teachers(chain: Chain, table: list[StageRow]) -> list[StageRow]:
+    """The table with the name of each stage's teacher, where the stages have different ones."""
+    if not chain.lessons:
+        return table
+    names = [lesson.config.teacher.name for lesson in chain.lessons]
+    return [StageRow(**{**row, "teacher": name}) for row, name in zip(table, names, strict=True)]
 
 
 def _parts(chain: Chain, num_rows: int) -> Sequence[range]:

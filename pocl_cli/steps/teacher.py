@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from pocl_cli.artifacts.disk import check_free_disk
 from pocl_cli.models.head import split_model
 from pocl_cli.models.load import load_model, read_config
 from pocl_cli.models.teacher import OnlineTeacher, Teacher
 from pocl_cli.steps.weights import loadable
-from pocl_cli.training.stored_teacher import open_teacher
+from pocl_cli.training.stored_teacher import StoredTeacher, open_teacher
 from pocl_cli.training.teacher_signals import TeacherSignals
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pocl_cli.artifacts.manifest import Artifact
     from pocl_cli.artifacts.work import Work
     from pocl_cli.models.device import Hardware
@@ -41,9 +44,40 @@ def teacher_of(chain: Chain, rows: Rows, hardware: Hardware, *, stored: bool) ->
     if not stored:
         return load()
     signals = _signals(chain, rows)
-    sizes = stored_sizes(source)
-    signals.check_free_disk(token_bytes=sizes.token, head_bytes=sizes.head)
+    _refuse_full_disk(chain, _missing_bytes(chain, signals))
     return open_teacher(signals, load, hardware=hardware)
+
+
+def check_room(chains: Sequence[Chain], rows: Rows) -> None:
+    """Raises ResourceError where what is missing of the hidden states of several teachers does not fit on the disk.
+
+    Args:
+        chains: of different teachers; those that store nothing take nothing.
+        rows: which they are asked for.
+    """
+    storing = [chain for chain in chains if chain.stores_teacher]
+    _refuse_full_disk(chains[0], sum(_missing_bytes(chain, _signals(chain, rows)) for chain in storing))
+
+
+def _missing_bytes(chain: Chain, signals: TeacherSignals) -> int:
+    sizes = stored_sizes(chain.model("teacher"))
+    return signals.missing_bytes(token_bytes=sizes.token, head_bytes=sizes.head)
+
+
+def _refuse_full_disk(chain: Chain, num_bytes: int) -> None:
+    check_free_disk(
+        chain.store.outputs,
+        num_bytes,
+        "what is not stored yet of the teacher: its output head, and its hidden states on the response tokens",
+        otherwise="set teacher.store=false: the teacher then runs in every step",
+    )
+
+
+def teacher_source(teacher: Teacher | None) -> str | None:
+    """What a checkpoint notes of the teacher: its two sources give other bytes, as they pad rows otherwise."""
+    if teacher is None:
+        return None
+    return "stored" if isinstance(teacher, StoredTeacher) else "online"
 
 
 class StoredSizes(NamedTuple):

@@ -36,9 +36,10 @@ from pocl_cli.steps.dev import dev_figures, kept_dev_figures
 from pocl_cli.steps.partition import read_partition
 from pocl_cli.steps.result import obtain
 from pocl_cli.steps.rows import TrainingRows, training_rows
-from pocl_cli.steps.stages import stages_of
+from pocl_cli.steps.stage_teachers import StageTeachers, tell_savings
+from pocl_cli.steps.stages import stages_of, with_teachers
 from pocl_cli.steps.stored_answers import read_answers
-from pocl_cli.steps.teacher import teacher_of
+from pocl_cli.steps.teacher import teacher_of, teacher_source
 from pocl_cli.steps.weights import loadable
 from pocl_cli.training import checkpoint
 from pocl_cli.training.answered_rows import Together
@@ -48,7 +49,6 @@ from pocl_cli.training.replay import Replay
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.shards import Rows
 from pocl_cli.training.stage_rows import RowChoice, measure_rows
-from pocl_cli.training.stored_teacher import StoredTeacher
 from pocl_cli.training.student import StudentWithObjective
 from pocl_cli.validation import generates
 
@@ -89,7 +89,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     answers = {who: read_answers(chain, who, rows.train, tokenizer) for who in answers_of(config.kd_method)}
     subsets = _subsets(chain, rows)
     stages = config.curriculum(subsets)
-    table = stages_of(config.train, stages)
+    table = with_teachers(chain, stages_of(config.train, stages))
     if processes.is_first:
         durable.write_json(folder / "stages.json", table)
         tables.stage_table(table)
@@ -104,13 +104,18 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
     adapters = None
     if config.student.lora.rank:
         adapters = Adapters(loaded.model, config.student.lora, derive_seed(config.train.seed, "lora"))
-    student = _student(chain, loaded, Together(answers) if answers else rows.train, hardware)
-    if processes.is_first:
-        checkpoint.refuse_other_teacher(folder / "checkpoints", _teacher_source(student))
+    asked: Rows = Together(answers) if answers else rows.train
+    student = _student(chain, loaded, asked, hardware)
+    checkpoints = folder / "checkpoints" if processes.is_first else None
+    teachers = None
+    if chain.lessons:
+        teachers = StageTeachers(chain, loaded, student.headed.num_logits, asked, hardware, checkpoints)
+    elif checkpoints is not None:
+        checkpoint.refuse_other_teacher(checkpoints, teacher_source(student.teacher))
 
     # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────
     job = _job(config, student, loaded, rows, stages, table, folder, hardware, processes)
-    job = replace(job, answers=answers)
+    job = replace(job, answers=answers, change_teacher=teachers.begin if teachers else None)
     with ExitStack() as stack:
         if processes.is_first:
             slug = chain.student_key.slug
@@ -119,8 +124,7 @@ def train_student(chain: Chain, folder: Path, processes: Processes) -> dict[str,
             job = replace(job, track=tracker.log, show=show)
         with memory_errors_explained(hardware, "training"):
             state = train(job)
-    if isinstance(student.teacher, StoredTeacher):
-        get_logger().info("teacher tokens saved by its stored hidden states: %s", student.teacher.savings())
+    tell_savings(student.teacher)
 
     # ── check what was trained on, and write ──────────────────────────────────────────────────────────────────────
     figures, consumed = kept_dev_figures(folder, job.settings.keep_best), []
@@ -154,10 +158,10 @@ def _subsets(chain: Chain, rows: TrainingRows) -> list[Subset]:
 
 
 def _student(chain: Chain, loaded: LoadedModel, rows: Rows, hardware: Hardware) -> StudentWithObjective:
-    """The student with its teacher, which is asked for `rows`."""
+    """The student with its teacher, which is asked for `rows`; without one where each stage will bring its own."""
     headed = split_model(loaded.model)
     teacher, teacher_tokenizer = None, None
-    if chain.config.kd_method.needs_teacher and chain.teacher is not None:
+    if chain.config.kd_method.needs_teacher and chain.teacher is not None and not chain.lessons:
         if chain.config.teacher.store and not chain.stores_teacher:
             get_logger().info("the teacher runs in every step: what the student has just written is not stored")
         teacher, teacher_tokenizer = (
@@ -179,13 +183,6 @@ def _student(chain: Chain, loaded: LoadedModel, rows: Rows, hardware: Hardware) 
         num_real_tokens=alignment.num_real_tokens,
         hardware=hardware,
     )
-
-
-def _teacher_source(student: StudentWithObjective) -> str | None:
-    """What a checkpoint notes of the teacher: its two sources give other bytes, as they pad rows otherwise."""
-    if student.teacher is None:
-        return None
-    return "stored" if isinstance(student.teacher, StoredTeacher) else "online"
 
 
 def _job(

@@ -109,26 +109,29 @@ def load_newest(folder: Path, model: nn.Module, processes: Processes = ALONE) ->
     return None
 
 
-def refuse_other_teacher(folder: Path, source: str | None) -> None:
+def refuse_other_teacher(folder: Path, source: str | None, stage: int | None = None) -> None:
     """Notes beside the checkpoints of a run where its teacher's hidden states come from, and keeps to it.
 
     Args:
         folder: of the checkpoints; there may be none yet.
         source: `online` or `stored`, which differ by rounding; None where there is no teacher.
+        stage: the one that begins or goes on, where the stages have different teachers.
 
     Raises:
         ArtifactError: there are checkpoints, and they were made with the other source.
     """
     path = folder / "teacher.json"
-    now = {"teacher": source}
-    checkpoints = _checkpoints(folder)
+    name = "teacher" if stage is None else f"teacher of stage {stage}"
+    checkpoints, before = _checkpoints(folder), dict[str, Any]()
     if checkpoints:
         try:
             before = dict(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError):
             before = {"teacher": None}
-        _refuse_other_conditions(checkpoints[-1], before, now)
-    durable.write_json(path, now)
+        # A stage that has not begun has noted nothing.
+        noted = before.get(name, source if stage is not None else None)
+        _refuse_other_conditions(checkpoints[-1], {name: noted}, {name: source})
+    durable.write_json(path, {**before, name: source})
 
 
 def load_method_state(path: Path, model: nn.Module) -> MethodState:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -36,6 +36,7 @@ from pocl_cli.training.state import Best, TrainingState
 from pocl_cli.training.step import Rows, accumulate, of_rollout, rows_of_step
 
 if TYPE_CHECKING:
+    from pocl_cli.models.teacher import Teacher
     from pocl_cli.training.replay import Replay
     from pocl_cli.training.rollout import Rollout
     from pocl_cli.training.student import StudentWithObjective
@@ -59,6 +60,9 @@ class LoopSettings:
     max_tokens_per_micro_batch: int
 
 
+Teach: TypeAlias = "Callable[[Teacher | None], None]"
+
+
 @dataclass
 class TrainingJob:
     """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
@@ -66,7 +70,8 @@ class TrainingJob:
     It is told the stage's index: the stages may be measured on different numbers of rows. `rollout` is there for a KD
     method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers, `replay`
     for one that uses the student's answers again. `choice`, where there is one, says at the beginning of a stage which
-    rows it has.
+    rows it has. `change_teacher`, where the stages have different teachers, is told the stage's index and hands over
+    its teacher, where it is another one.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -85,6 +90,7 @@ class TrainingJob:
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
     choice: RowChoice | None = None
+    change_teacher: Callable[[int, Teach], None] | None = None
 
 
 def train(job: TrainingJob) -> TrainingState:
@@ -129,6 +135,8 @@ def train(job: TrainingJob) -> TrainingState:
                 continue
 
             # ── a stage: weights carried over, and optimizer and learning-rate schedule where it keeps them ───────
+            if job.change_teacher is not None:
+                job.change_teacher(stage.index, replica.teach)
             if job.choice is not None:
                 with replica.whole(), signals.at_once():
                     measured = job.choice.begin(stage, measured)

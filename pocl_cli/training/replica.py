@@ -13,6 +13,7 @@ from pocl_cli.training.sampler import share
 
 if TYPE_CHECKING:
     from pocl_cli.models.batch import Batch
+    from pocl_cli.models.teacher import Teacher
     from pocl_cli.records import TokenisedRow
     from pocl_cli.training.objective import ObjectiveOutput
     from pocl_cli.training.parallel import Processes
@@ -31,6 +32,10 @@ class Replica:
     def __init__(self, student: StudentWithObjective, processes: Processes) -> None:
         self.student, self.processes = student, processes
         self.module: nn.Module = student
+
+    def teach(self, teacher: Teacher | None) -> None:
+        """Another teacher from now on; None: for a while nobody, so that the one before can be let go."""
+        self.student.teacher = teacher
 
     def micro_batches(
         self, rows: Sequence[TokenisedRow], split: Callable[[Sequence[TokenisedRow]], list[list[TokenisedRow]]]

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from pocl_cli.models.batch import Batch
 from pocl_cli.models.prune import decoder_layers
+from pocl_cli.models.teacher import Teacher
 from pocl_cli.records import TokenisedRow
 from pocl_cli.training.objective import ObjectiveOutput
 from pocl_cli.training.parallel import Processes, in_touch
@@ -39,7 +40,7 @@ class ShardedReplica(Replica):
 
     def __init__(self, student: StudentWithObjective, processes: Processes, device: torch.device) -> None:
         super().__init__(student, processes)
-        self.module = sharded = _second_student(student)
+        self.module = self._sharded = sharded = _second_student(student)
         mesh = init_device_mesh(device.type, (processes.size,))
         for layer in decoder_layers(sharded.backbone):
             fully_shard(layer, mesh=mesh)
@@ -53,9 +54,13 @@ class ShardedReplica(Replica):
             zip(student.parameters(), map(_as_shard, sharded.parameters()), strict=True)
         )
         self._hold_parts()
-        if student.teacher is not None and student.teacher.backbone is not None:
-            for layer in decoder_layers(student.teacher.backbone):
-                _FrozenLayer(layer, processes)
+        self.teach(student.teacher)
+
+    def teach(self, teacher: Teacher | None) -> None:
+        self.student.teacher = self._sharded.teacher = teacher
+        if teacher is not None and teacher.backbone is not None:
+            for layer in decoder_layers(teacher.backbone):
+                _FrozenLayer(layer, self.processes)
 
     def micro_batches(
         self, rows: Sequence[TokenisedRow], split: Callable[[Sequence[TokenisedRow]], list[list[TokenisedRow]]]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from pocl_cli.artifacts import check_free_disk, durable
+from pocl_cli.artifacts import durable
 from pocl_cli.log import get_logger
 from pocl_cli.models.head_file import read_head, write_head
 from pocl_cli.training.shards import Rows, in_shards, shard_hash
@@ -100,16 +100,10 @@ class TeacherSignals:
         """Shards that were not there when this process last looked."""
         return len(self._shards) - len(self._found)
 
-    def check_free_disk(self, *, token_bytes: int, head_bytes: int) -> None:
-        """Raises ResourceError where what is missing, shards and head, does not fit on the disk."""
+    def missing_bytes(self, *, token_bytes: int, head_bytes: int) -> int:
+        """What the shards and the head take that are not there."""
         tokens = sum(shard.num_response_tokens for i, shard in enumerate(self._shards) if i not in self._found)
-        needed = tokens * token_bytes + (0 if self._store.find(self._head_key) else head_bytes)
-        check_free_disk(
-            self._store.outputs,
-            needed,
-            f"the teacher's output head and its hidden states on {tokens:,} response tokens",
-            otherwise="set teacher.store=false: the teacher then runs in every step",
-        )
+        return tokens * token_bytes + (0 if self._store.find(self._head_key) else head_bytes)
 
     def head(self, device: torch.device) -> OutputHead | None:
         """The stored head; None where there is none yet. Raises ArtifactError at a damaged one."""
