@@ -120,7 +120,9 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
     """What no section can see by itself. A chain may lack what a step does not need, so some rules belong to a step."""
     trains = step in ("distill", "compare") or (step == "evaluate" and _evaluates_the_student(config))
     answers = answers_of(config.kd_method)
-    asks = asks_teacher(config.kd_method) if trains else step == "score" and "teacher" in answers
+    # A partition may have the rows scored first, and who scores makes the answers.
+    answered = trains or step in ("score", "partition")
+    asks = asks_teacher(config.kd_method) if trains else answered and "teacher" in answers
     if asks and not config.teacher.present:
         yield ConfigError(
             f"kd_method={config.kd_method.name} needs a teacher",
@@ -129,7 +131,7 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
         )
     if trains and config.teachers:
         yield from _teachers_fit(config)
-    if (trains or step == "score") and answers and not config.dataset.has_prompts:
+    if answered and answers and not config.dataset.has_prompts:
         yield ConfigError(
             f"kd_method={config.kd_method.name} with dataset.format=text",
             why="it trains on answers, and plain text asks for none",
@@ -140,6 +142,14 @@ def _contradictions(config: PoclConfig, step: str) -> Iterator[PoclError]:
             f"kd_method={config.kd_method.name} with dataset.format=text",
             why="its student answers prompts while it is trained, and plain text has none",
             fix="choose rows with prompts, or a method that trains on the rows alone (kd_method=fkl, jsd, …)",
+        )
+    if trains:
+        yield from _share_of_answers_fits(config)
+    if trains and getattr(config.kd_method, "teacher_mix", False) and config.hardware.parallel == "fsdp":
+        yield ConfigError(
+            f"kd_method.teacher_mix={config.kd_method.teacher_mix} with hardware.parallel=fsdp",
+            why="the teacher is in parts then, and the processes ask it for answers of different lengths",
+            fix="set kd_method.teacher_mix=0, or hardware.parallel=ddp",
         )
     if trains and config.student.lora.rank and config.hardware.parallel == "fsdp":
         yield ConfigError(
@@ -257,6 +267,23 @@ def may_end_early(config: PoclConfig) -> bool:
 def generates(config: PoclConfig) -> bool:
     """Whether the student answers prompts while it is trained; most KD methods know of no such thing."""
     return bool(getattr(config.kd_method, "generates", False))
+
+
+def _share_of_answers_fits(config: PoclConfig) -> Iterator[PoclError]:
+    method = config.kd_method
+    if getattr(method, "needs_dev", False) and (config.train.evaluate_every == 0 or config.dataset.dev_size == 0):
+        yield ConfigError(
+            f"kd_method={method.name} without dev evaluations",
+            why="the dev loss decides how many steps use the student's answers",
+            fix="set train.evaluate_every and dataset.dev_size above 0, or kd_method.share_step=0 for a constant share",
+        )
+    size = getattr(method, "buffer_size", None)
+    if size is not None and size < config.train.global_batch_size:
+        yield ConfigError(
+            f"kd_method.buffer_size={size} is less than train.global_batch_size={config.train.global_batch_size}",
+            why="a step may draw a whole batch from the buffer",
+            fix=f"set kd_method.buffer_size to at least {config.train.global_batch_size}",
+        )
 
 
 def _stages_may_converge(config: PoclConfig) -> Iterator[PoclError]:

@@ -59,6 +59,15 @@ class HeedsDev(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsState(Protocol):
+    """What a KD method has besides where a person wants to follow its state."""
+
+    def shown(self, state: MethodState) -> dict[str, float]:
+        """Numbers for the lines of a run, by name."""
+        ...
+
+
 def for_step(method: KDMethod, progress: float, state: MethodState) -> KDMethod:
     """The method that a step uses: `method` itself where it does not change."""
     return method.for_step(progress, state) if isinstance(method, Evolving) else method
@@ -72,3 +81,8 @@ def after_step(method: KDMethod, progress: float, state: MethodState, kd: Tensor
 def after_dev(method: KDMethod, figures: Mapping[str, float], state: MethodState) -> MethodState:
     """The state after a dev evaluation, as it was where the method does not heed them."""
     return method.after_dev(figures, state) if isinstance(method, HeedsDev) else state
+
+
+def shown(method: KDMethod, state: MethodState) -> dict[str, float]:
+    """What the method wants shown of its state."""
+    return method.shown(state) if isinstance(method, ShowsState) else {}

@@ -30,19 +30,20 @@ class MiniLLM:
 
     the single-step part over the whole vocabulary, and the long-term part, where R is log(q/p) of the tokens after it:
     their mean where `length_normalised` (the paper's), else their sum, with which the expectation is the gradient of
-    KL(q ‖ p) between answers. w = q(token)/s(token) for the s that the token was drawn from, at most `max_weight`: 1
-    while distillation and sampling temperature are the same. The value is that of the single-step part, whose
-    expectation is KL(q ‖ p) between answers. Cross entropy on the gold rows has the weight 1 − kd_ratio.
+    KL(q ‖ p) between answers. Tokens are drawn from s, (1 − α)·student + α·teacher at `sampling_temperature`; α is
+    `teacher_mix` (the paper's 0.2). w is q(token)/s(token), at most `max_weight`: 1 for α = 0 while distillation and
+    sampling temperature are the same. The value is that of the single-step part, whose expectation is then KL(q ‖ p)
+    between answers. Cross entropy on the gold rows has the weight 1 − kd_ratio.
 
     Deviation: each answer is used for one step, when the paper's clipped ratio of policies is 1; what is clipped is w,
-    and from above alone. As in the authors' code, w counts in the long-term part only. Answers are drawn from the
-    student alone, without the teacher's share of 0.2. The authors' code also scales, clips and whitens rewards, and
-    begins R with the token itself; the formulas of the paper do not. The language-modelling loss is on the rows, not
-    on a corpus for pre-training.
+    and from above alone. As in the authors' code, w counts in the long-term part only. Their code also scales, clips
+    and whitens rewards, and begins R with the token itself; the formulas of the paper do not. The language-modelling
+    loss is on the rows, not on a corpus for pre-training.
     """
 
     needs_teacher: ClassVar[bool] = True
     generates: ClassVar[bool] = True
+    teacher_mix: Annotated[float, Field(ge=0, lt=1)]
     length_normalised: bool
     max_weight: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     sampling_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]

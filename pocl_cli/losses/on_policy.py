@@ -18,20 +18,31 @@ if TYPE_CHECKING:
     from pocl_cli.losses.evolving import MethodState
 
 
+# In the state of a method with a replay buffer: the answers of earlier steps one after the other, where each starts
+# (and the last one ends), and the place in the data set of the row whose prompt it answers. Oldest first.
+REPLAY_TOKENS, REPLAY_STARTS, REPLAY_ROWS = "replay_tokens", "replay_starts", "replay_rows"
+
+
+def num_replayable(state: MethodState) -> int:
+    """How many answers the replay buffer holds."""
+    return len(state[REPLAY_ROWS]) if REPLAY_ROWS in state else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a step's loss: weight · [(1 − a)·ΣCE + a·T²·ΣD] / number of response tokens of its rows.
 
     Attributes:
         rows: `gold`, the rows of the global batch, or `generated`, their prompts with answers that the student writes
-            before the step, or `teacher` and `student`, with the stored answers of that model. Cross entropy belongs to
-            what the student shall write: a part of its own answers has a = 1.
+            before the step, or `teacher` and `student`, with the stored answers of that model, or `replayed`, answers
+            of the student from earlier steps. Cross entropy belongs to what the student shall write: a part of its own
+            answers has a = 1.
         kd_ratio: a.
         weight: of the part.
         method: whose divergence D is; None: that of the step.
     """
 
-    rows: Literal["gold", "generated", "teacher", "student"]
+    rows: Literal["gold", "generated", "replayed", "teacher", "student"]
     kd_ratio: float
     weight: float = 1.0
     method: KDMethod | None = None
@@ -80,7 +91,7 @@ class SampledTokens(NamedTuple):
     Attributes:
         student_N: log-probability of each token under the student, at the distillation temperature.
         teacher_N: under the teacher, at the same.
-        drawn_N: under the student as it was when it drew, at the sampling temperature.
+        drawn_N: under what the token was drawn from.
         lengths: number of tokens of each answer; they follow each other.
     """
 
@@ -100,6 +111,11 @@ class PolicyGradient(Protocol):
     @property
     def sampling_temperature(self) -> float:
         """That of the answers."""
+        ...
+
+    @property
+    def teacher_mix(self) -> float:
+        """The teacher's share, 0..1, of the probabilities that every token of them is drawn by."""
         ...
 
     def policy_weights(self, tokens: SampledTokens) -> Tensor:

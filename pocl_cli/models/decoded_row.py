@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pocl_cli.models.sampling import NoRepeatNgrams, ban_, choose, uniforms
+from pocl_cli.models.sampling import NoRepeatNgrams, ban_, choose, mix, uniforms
 
 if TYPE_CHECKING:
     from pocl_cli.schema import DecodingConfig
@@ -61,9 +61,17 @@ class DecodingRule:
     eos_token_ids: frozenset[int]
     vocabulary_size: int | None
 
-    def next_tokens(self, logits_RV: Tensor, rows: Sequence[DecodedRow]) -> list[int]:
-        """The next token of each row, none of which is done; each takes it. `logits_RV` is changed in place."""
-        logits_RV = logits_RV[:, : self.vocabulary_size]
+    def next_tokens(self, logits: Sequence[Tensor], rows: Sequence[DecodedRow], share: float = 0.0) -> list[int]:
+        """The next token of each row, none of which is done; each takes it.
+
+        Args:
+            logits: [R, V] of one model, or of two that have tokens drawn from them together; changed in place.
+            rows: R of them.
+            share: the second model's of the probabilities.
+        """
+        logits_RV, *others = (one_RV[:, : self.vocabulary_size] for one_RV in logits)
+        for other_RV in others:
+            logits_RV = mix(logits_RV, other_RV, share, self.decoding.sampling_temperature)
         if self.decoding.no_repeat_ngram_size:
             ban_(logits_RV, [row.banned() for row in rows])
         draws_R = uniforms([row.seed for row in rows], [len(row.tokens) for row in rows])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,6 +63,14 @@ class PromptReader(Protocol):
         """Reads prompts into an empty cache, from column 0 on; returns the states of their last tokens, [P, D]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A second model of the same tokens, and its share of the probabilities that every token is drawn by, in 0..1."""
+
+    headed: HeadedModel
+    share: float
+
+
 @torch.no_grad()
 def generate(
     headed: HeadedModel,
@@ -75,6 +84,7 @@ def generate(
     context_length: int | None,
     vocabulary_size: int | None = None,
     reader: PromptReader | None = None,
+    mixture: Mixture | None = None,
     on_finished: Callable[[int], None] | None = None,
 ) -> list[list[Generated]]:
     """The answers to each prompt, one a seed, prompts and seeds in input order.
@@ -91,10 +101,12 @@ def generate(
         context_length: positions that the model has; an answer is cut where they end. None: no limit.
         vocabulary_size: the tokenizer's number of tokens; embedding rows beyond it (padding) are never generated.
         reader: reads more than the prompts; asked only where the model can be decoded in slots.
+        mixture: a model that is asked beside `headed` for every token. In evaluation mode.
         on_finished: called with the number of answers finished so far, as they finish.
 
     Raises:
-        ConfigError: a prompt fills the whole context, or the model has no cache that can be decoded with.
+        ConfigError: a prompt fills the whole context, or the model has no cache that can be decoded with, or one of a
+            mixture none with slots.
         NonFiniteError: the model gives a NaN or infinite logit.
     """
     rows = [
@@ -105,12 +117,19 @@ def generate(
     was_training = headed.model.training
     headed.model.train(False)
     try:
-        with packed_linears(headed.model):
-            num_bytes = bytes_per_slot_token(headed)
-            if num_bytes is not None:
-                reader = reader or _Prompts(headed, prompts)
-                slots = _make_slots(headed, rows, max_tokens_per_batch, num_bytes)
-                steps = _decode_in_slots(headed, rows, reader, rule, slots, max_tokens_per_batch)
+        with ExitStack() as stack:
+            readers = [(headed, reader or _Prompts(headed, prompts))]
+            if mixture is not None:
+                readers.append((mixture.headed, _Prompts(mixture.headed, prompts)))
+            for one, _ in readers:
+                stack.enter_context(packed_linears(one.model))
+            num_bytes = [bytes_per_slot_token(one) for one, _ in readers]
+            if None not in num_bytes:
+                slots = _slot_sizes(headed, rows, max_tokens_per_batch, sum(filter(None, num_bytes)))
+                models = [_SlotModel(one, its_reader, SlotCache(*slots)) for one, its_reader in readers]
+                steps = _decode_in_slots(models, rows, rule, max_tokens_per_batch, mixture.share if mixture else 0.0)
+            elif mixture is not None:
+                raise _no_mixture(readers[num_bytes.index(None)][0])
             else:
                 steps = decode_padded(
                     headed.model,
@@ -159,10 +178,18 @@ class _Prompts:
         return self._headed.hidden_states(batch.to(self._headed.model.device), cache)
 
 
-def _make_slots(
+def _no_mixture(headed: HeadedModel) -> ConfigError:
+    return ConfigError(
+        f"cannot draw tokens from two models of which one is of type {headed.model.config.model_type!r}",
+        why="both must have a key-value cache whose columns have no place of their own",
+        fix="draw from the student alone (kd_method.teacher_mix=0)",
+    )
+
+
+def _slot_sizes(
     headed: HeadedModel, rows: Sequence[Sequence[DecodedRow]], max_tokens: int, bytes_per_token: int
-) -> SlotCache:
-    """As many slots as the budget allows and the rows need; at least one prompt's rows can enter."""
+) -> tuple[int, int]:
+    """As many slots as the budget allows and the rows need, one prompt's rows at least; and the tokens of each."""
     every = [row for its_rows in rows for row in its_rows]
     capacity = max((len(row.prompt) + row.limit for row in every), default=1)
     num_tokens = max(_LITTLE_MEMORY // bytes_per_token, _CACHED_TOKENS * max_tokens)
@@ -170,21 +197,42 @@ def _make_slots(
     if headed.model.device.type == "cpu":
         num_slots = min(num_slots, _MOST_ROWS_ON_CPU)
     most_answers = max((len(its_rows) for its_rows in rows), default=0)
-    return SlotCache(min(max(num_slots, most_answers), len(every)), capacity)
+    return min(max(num_slots, most_answers), len(every)), capacity
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotModel:
+    """A model whose rows are in the slots of a cache; of a mixture, both have the same row in the same slot."""
+
+    headed: HeadedModel
+    reader: PromptReader
+    slots: SlotCache
+
+    def enter(self, group: Sequence[int], sources: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Reads a group of prompts and puts rows into slots, row i from prompt sources[i]; their logits [R, V]."""
+        cache = DynamicCache(config=self.headed.model.config.get_text_config(decoder=True))
+        logits_PV: Tensor = self.headed.head(self.reader.read(group, cache))
+        self.slots.enter(cache, sources, lengths)
+        return logits_PV[torch.tensor(sources, device=logits_PV.device)]
+
+    def step(self, inputs: Sequence[int]) -> Tensor:
+        """Reads one more token a row; the logits of the next [R, V]."""
+        logits_RV: Tensor = self.headed.head(self.slots.step(self.headed, inputs))
+        return logits_RV
 
 
 def _decode_in_slots(
-    headed: HeadedModel,
+    models: Sequence[_SlotModel],
     rows: Sequence[Sequence[DecodedRow]],
-    reader: PromptReader,
     rule: DecodingRule,
-    slots: SlotCache,
     max_tokens: int,
+    share: float,
 ) -> Iterator[int]:
-    """Decodes the rows of all prompts; yields how many finish, step by step.
+    """Decodes the rows of all prompts by one model, or by two of which the second has a `share` in every draw.
 
-    The longest prompts go first, so that memory runs out at once or never.
+    Yields how many finish, step by step. The longest prompts go first, so that memory runs out at once or never.
     """
+    slots, reader = models[0].slots, models[0].reader
     answered = [prompt for prompt, its_rows in enumerate(rows) if its_rows]
     waiting = deque(sorted(answered, key=lambda prompt: (-reader.num_tokens(prompt), prompt)))
     most_answers = max((len(its_rows) for its_rows in rows), default=0)
@@ -194,12 +242,15 @@ def _decode_in_slots(
     while waiting or live:
         while waiting and (not live or slots.num_slots - len(live) >= enough):
             group = _take_group(waiting, rows, reader, max_tokens, slots.num_slots - len(live))
-            inputs += _enter(headed, group, rows, reader, rule, slots)
-            live += [row for prompt in group for row in rows[prompt]]
-            yield _let_go(live, inputs, slots)
+            entering = [row for prompt in group for row in rows[prompt]]
+            sources = [place for place, prompt in enumerate(group) for _ in rows[prompt]]
+            lengths = [len(row.prompt) for row in entering]
+            inputs += rule.next_tokens([one.enter(group, sources, lengths) for one in models], entering, share)
+            live += entering
+            yield _let_go(live, inputs, models)
         if live:
-            inputs = rule.next_tokens(headed.head(slots.step(headed, inputs)), live)
-            yield _let_go(live, inputs, slots)
+            inputs = rule.next_tokens([one.step(inputs) for one in models], live, share)
+            yield _let_go(live, inputs, models)
 
 
 def _take_group(
@@ -219,28 +270,12 @@ def _take_group(
     return sorted(group, key=lambda prompt: len(rows[prompt][0].prompt))
 
 
-def _enter(
-    headed: HeadedModel,
-    group: Sequence[int],
-    rows: Sequence[Sequence[DecodedRow]],
-    reader: PromptReader,
-    rule: DecodingRule,
-    slots: SlotCache,
-) -> list[int]:
-    """Reads a group of prompts and puts their rows into slots; returns the rows' first tokens."""
-    cache = DynamicCache(config=headed.model.config.get_text_config(decoder=True))
-    logits_PV = headed.head(reader.read(group, cache))
-    entering = [row for prompt in group for row in rows[prompt]]
-    sources = [place for place, prompt in enumerate(group) for _ in rows[prompt]]
-    slots.enter(cache, sources, [len(row.prompt) for row in entering])
-    return rule.next_tokens(logits_PV[torch.tensor(sources, device=logits_PV.device)], entering)
-
-
-def _let_go(live: list[DecodedRow], inputs: list[int], slots: SlotCache) -> int:
+def _let_go(live: list[DecodedRow], inputs: list[int], models: Sequence[_SlotModel]) -> int:
     """Takes the rows that are done out of the slots and both lists; returns their number."""
     done = [slot for slot, row in enumerate(live) if row.done]
     for slot in reversed(done):  # from the end: the last row, which moves into the gap, is not done
-        slots.leave(slot)
+        for model in models:
+            model.slots.leave(slot)
         live[slot], inputs[slot] = live[-1], inputs[-1]
         live.pop()
         inputs.pop()

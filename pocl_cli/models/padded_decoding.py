@@ -46,7 +46,7 @@ def decode_padded(
         while batch.going:
             going = batch.going
             logits_RV = call.logits(batch)[torch.tensor(going, device=model.device)]
-            batch.advance(going, rule.next_tokens(logits_RV, [batch.rows[place] for place in going]))
+            batch.advance(going, rule.next_tokens([logits_RV], [batch.rows[place] for place in going]))
             yield len(going) - len(batch.going)
             if 0 < len(batch.going) < _DROP_BELOW * len(batch.rows):
                 batch.drop_done()

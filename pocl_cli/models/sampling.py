@@ -106,6 +106,15 @@ def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
     return logits_RV.masked_fill(dropped_RV.scatter(-1, order_RV, dropped_RV), float("-inf"))
 
 
+def mix(logits_RV: Tensor, other_RV: Tensor, share: float, temperature: float) -> Tensor:
+    """Logits by which tokens are drawn from (1 − share)·softmax(logits/T) + share·softmax(other/T) at temperature T."""
+    assert 0 < share < 1, f"a share of {share} mixes nothing"
+    assert temperature > 0, "greedy choices cannot be mixed"
+    dtype = torch.promote_types(torch.float32, logits_RV.dtype)
+    logprobs_RV, others_RV = ((one / temperature).log_softmax(dim=-1, dtype=dtype) for one in (logits_RV, other_RV))
+    return temperature * torch.logaddexp(logprobs_RV + math.log1p(-share), others_RV + math.log(share))
+
+
 def choose(logits_RV: Tensor, decoding: DecodingConfig, uniforms_R: NDArray[np.float64]) -> list[int]:
     """The next token of each row: the largest logit at `sampling_temperature` 0, else a draw by inverse CDF.
 

@@ -46,32 +46,36 @@ class Teacher(Protocol):
 
 
 class OnlineTeacher:
-    """Runs the teacher for every batch. Not a module, so that no optimizer, checkpoint or mode switch reaches it."""
+    """Runs the teacher for every batch. Not a module, so that no optimizer, checkpoint or mode switch reaches it.
+
+    Attributes:
+        headed: its model, in evaluation mode and without gradients.
+    """
 
     def __init__(self, headed: HeadedModel) -> None:
-        self._headed = headed.eval().requires_grad_(False)
+        self.headed = headed.eval().requires_grad_(False)
 
     @property
     def head(self) -> OutputHead:
         """Hidden states → logits."""
-        return self._headed.head
+        return self.headed.head
 
     @property
     def num_logits(self) -> int:
         """Width of the logits, padding rows included."""
-        return self._headed.num_logits
+        return self.headed.num_logits
 
     @property
     def packs(self) -> bool:
         """Whether the teacher reads rows without padding."""
-        return self._headed.packs
+        return self.headed.packs
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The teacher's model."""
-        return self._headed.model
+        return self.headed.model
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> Tensor:
         """As `Teacher.hidden_states`."""
-        return self._headed.hidden_states(batch)
+        return self.headed.hidden_states(batch)

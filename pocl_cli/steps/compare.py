@@ -19,6 +19,7 @@ from pocl_cli.comparison.matching import Spent, mismatches, spent_by
 from pocl_cli.comparison.outcome import ANSWER_METRICS, Outcome, check_same_prompts, read_outcome
 from pocl_cli.errors import ArtifactError, ConfigError
 from pocl_cli.log import get_logger
+from pocl_cli.records import answers_of
 from pocl_cli.steps import arm_runs
 from pocl_cli.steps.chain import VERSIONS, Chain
 from pocl_cli.steps.result import StepResult, obtain
@@ -58,6 +59,7 @@ def run(run: Run) -> StepResult | None:
         for one in missing:
             if one.run.config.curriculum.needs_partition:
                 obtain(one.run, "partition", chains[one.cell].partition_key, store)
+            _make_answers(chains[one.cell])
         arm_runs.make(missing, arm_runs.num_jobs(run.config))
 
     # ── compare ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,6 +136,14 @@ def _refuse_other_protocols(chains: Mapping[Cell, Chain], comparison: Comparison
             why="an arm overrides evaluation.*, and answers to other questions cannot be paired",
             fix="set evaluation.* on the command line, for all arms",
         )
+
+
+def _make_answers(chain: Chain) -> None:
+    for who in answers_of(chain.config.kd_method):
+        # Seconds of imports, which methods that train on the rows alone do without.
+        from pocl_cli.steps.stored_answers import obtain_answers
+
+        obtain_answers(chain, who)
 
 
 def _planned(chains: Mapping[Cell, Chain]) -> dict[Cell, Spent]:

@@ -45,6 +45,7 @@ from pocl_cli.training import checkpoint
 from pocl_cli.training.answered_rows import Together
 from pocl_cli.training.loop import LoopSettings, TrainingJob, train
 from pocl_cli.training.parallel import Processes
+from pocl_cli.training.replay import Replay
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.shards import Rows
 from pocl_cli.training.stage_rows import RowChoice, measure_rows
@@ -220,6 +221,7 @@ def _job(
         folder=folder,
         evaluate_dev=evaluate_dev if evaluates else None,
         rollout=_rollout(config, loaded) if generates(config) else None,
+        replay=_replay(config, loaded, rows) if generates(config) else None,
         processes=processes,
         choice=RowChoice(scheduler, rows.train.ids, measure) if scheduler else None,
     )
@@ -232,7 +234,16 @@ def _rollout(config: PoclConfig, loaded: LoadedModel) -> Rollout:
         eos_token_ids=loaded.eos_token_ids,
         pad_token_id=loaded.pad_token_id,
         max_tokens=config.dataset.max_tokens,
+        teacher_mix=getattr(config.kd_method, "teacher_mix", 0.0),
     )
+
+
+def _replay(config: PoclConfig, loaded: LoadedModel, rows: TrainingRows) -> Replay | None:
+    """None for a method that uses each of the student's answers once."""
+    size = getattr(config.kd_method, "buffer_size", None)
+    if size is None:
+        return None
+    return Replay(rows.train, size=size, seed=config.train.seed, eos_token_ids=loaded.eos_token_ids)
 
 
 def _write_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,7 +19,7 @@ from pocl_cli.curriculum.learning_rate import learning_rates
 from pocl_cli.curriculum.stage_table import StageRow, stage_steps
 from pocl_cli.errors import Interrupted
 from pocl_cli.log import Advance, get_logger
-from pocl_cli.losses.evolving import MethodState, after_dev, after_step, for_step
+from pocl_cli.losses.evolving import MethodState, after_dev, after_step, for_step, shown
 from pocl_cli.losses.on_policy import rows_for_step
 from pocl_cli.records import Stage
 from pocl_cli.seeds import derive_seed
@@ -36,6 +37,7 @@ from pocl_cli.training.step import Rows, accumulate, of_rollout, rows_of_step
 
 if TYPE_CHECKING:
     from pocl_cli.models.teacher import Teacher
+    from pocl_cli.training.replay import Replay
     from pocl_cli.training.rollout import Rollout
     from pocl_cli.training.student import StudentWithObjective
 
@@ -66,9 +68,10 @@ class TrainingJob:
     """Everything that one run needs. `evaluate_dev` gives the dev figures (`dev_*`) of the student as it stands.
 
     It is told the stage's index: the stages may be measured on different numbers of rows. `rollout` is there for a KD
-    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers. `choice`,
-    where there is one, says at the beginning of a stage which rows it has. `change_teacher`, where the stages have
-    different teachers, is told the stage's index and hands over its teacher, where it is another one.
+    method whose student writes rows of its steps, `answers` (by model) for one that trains on stored answers, `replay`
+    for one that uses the student's answers again. `choice`, where there is one, says at the beginning of a stage which
+    rows it has. `change_teacher`, where the stages have different teachers, is told the stage's index and hands over
+    its teacher, where it is another one.
 
     Where several processes train together, each has a job of its own; only the first one's writes files and tracks.
     """
@@ -82,6 +85,7 @@ class TrainingJob:
     evaluate_dev: Callable[[int], dict[str, float]] | None
     rollout: Rollout | None = None
     answers: Mapping[str, Rows] = field(default_factory=dict)
+    replay: Replay | None = None
     track: Callable[[Mapping[str, Any], int], None] = field(default=lambda values, step: None)
     show: Advance = field(default=lambda n, note="": None)
     processes: Processes = ALONE
@@ -177,7 +181,8 @@ def train(job: TrainingJob) -> TrainingState:
                 method = for_step(student.method, progress, method_state)
                 asked = rows_for_step(student.method, settings.seed, state.step, progress, method_state, stage.kd_ratio)
                 with signals.at_once():
-                    parts = rows_of_step(asked, gold, state.step, replica, job.rollout, job.answers)
+                    drawn = partial(job.replay.draw, method_state, step=state.step) if job.replay else None
+                    parts = rows_of_step(asked, gold, state.step, replica, job.rollout, job.answers, drawn)
                     torch.manual_seed(derive_seed(settings.seed, "dropout", state.step, *processes.stream))
                     loss, ce, kd = accumulate(
                         parts,
@@ -191,6 +196,8 @@ def train(job: TrainingJob) -> TrainingState:
 
                 num_tokens = state.num_tokens + sum(one.num_tokens for one in parts)
                 state = replace(state, step=state.step + 1, stage_step=stage_step + 1, num_tokens=num_tokens)
+                if job.replay is not None:
+                    method_state = job.replay.after(method_state, parts)
                 method_state = after_step(student.method, (before + stage_step + 1) / num_steps, method_state, kd)
 
                 # ── log ───────────────────────────────────────────────────────────────────────────────────────────
@@ -212,6 +219,7 @@ def train(job: TrainingJob) -> TrainingState:
                             "kd_ratio": stage.kd_ratio,
                             "num_tokens": state.num_tokens,
                             **(of_rollout(parts) if job.rollout is not None else {}),
+                            **shown(student.method, method_state),
                         },
                         pace=waited.pace(state),
                     )

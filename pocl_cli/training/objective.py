@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pocl_cli.losses.divergence import KDMethod
+from pocl_cli.losses.divergence import KDMethod, log_mixture
 from pocl_cli.losses.on_policy import PolicyGradient, SampledTokens
 from pocl_cli.models.batch import Batch, make_batch
 from pocl_cli.models.head import OutputHead
@@ -185,20 +185,30 @@ def _policy_weights(
     terms: _Terms, method: PolicyGradient, hidden_ND: Tensor, lengths: Sequence[int], chunk_tokens: int
 ) -> Tensor:
     """The policy's constant of each token `[N]`, from a pass over the chunks of its own: it depends on later tokens."""
-    assert terms.teacher is not None, "a policy follows a teacher"
     assert sum(lengths) == len(hidden_ND), "the answers have all tokens"
 
-    def logprobs(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
-        real = terms.num_real_tokens
-        return -cross_entropy_per_token(
-            hidden, head, terms.targets_N, num_real_tokens=real, chunk_tokens=chunk_tokens, temperature=temperature
+    def logprobs(temperature: float) -> tuple[Tensor, Tensor]:
+        assert terms.teacher is not None, "a policy follows a teacher"
+        sides = ((terms.student_head, hidden_ND), terms.teacher)
+        student_N, teacher_N = (
+            -cross_entropy_per_token(
+                hidden,
+                head,
+                terms.targets_N,
+                num_real_tokens=terms.num_real_tokens,
+                chunk_tokens=chunk_tokens,
+                temperature=temperature,
+            )
+            for head, hidden in sides
         )
+        return student_N, teacher_N
 
-    teacher_head, teacher_hidden_NE = terms.teacher
-    student_N = drawn_N = logprobs(hidden_ND, terms.student_head, terms.temperature)
+    student_N, teacher_N = at_drawing = logprobs(terms.temperature)
     if method.sampling_temperature != terms.temperature:
-        drawn_N = logprobs(hidden_ND, terms.student_head, method.sampling_temperature)
-    teacher_N = logprobs(teacher_hidden_NE, teacher_head, terms.temperature)
+        at_drawing = logprobs(method.sampling_temperature)
+    drawn_N = at_drawing[0]
+    if method.teacher_mix:
+        drawn_N = log_mixture(at_drawing[1], drawn_N, method.teacher_mix)
     return method.policy_weights(SampledTokens(student_N, teacher_N, drawn_N, lengths))
 
 

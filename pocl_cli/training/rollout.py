@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocl_cli.models.generate import generate
+from pocl_cli.models.generate import Mixture, generate
 from pocl_cli.models.sampling import row_seed
+from pocl_cli.models.teacher import OnlineTeacher, Teacher
 from pocl_cli.records import TokenisedRow
 from pocl_cli.training.measure import records_named
 from pocl_cli.training.sampler import share
@@ -30,6 +31,7 @@ class Rollout:
         eos_token_ids: tokens that end an answer.
         pad_token_id: of the tokenizer.
         max_tokens: most tokens of prompt and answer together, as of the data set's rows.
+        teacher_mix: the teacher's share of the probabilities that every token is drawn by, 0..1.
     """
 
     decoding: DecodingConfig
@@ -37,6 +39,7 @@ class Rollout:
     eos_token_ids: Collection[int]
     pad_token_id: int
     max_tokens: int
+    teacher_mix: float = 0.0
 
     def rows(self, gold: Sequence[TokenisedRow], step: int, replica: Replica) -> list[TokenisedRow]:
         """The rows with other responses, in order; the same in all processes, each of which answers its share.
@@ -51,6 +54,7 @@ class Rollout:
             replica: of the student.
 
         Raises:
+            ConfigError: the teacher takes part, and an architecture does not allow for it.
             NonFiniteError: the student gives logits that are not finite; records are named.
             WorkerError: another process is gone.
         """
@@ -94,7 +98,12 @@ class Rollout:
                 max_tokens_per_batch=student.hardware.max_tokens_per_micro_batch,
                 context_length=self.max_tokens,
                 vocabulary_size=student.num_real_tokens,
+                mixture=self._mixture(student.teacher) if self.teacher_mix else None,
             )
         return [
             [*answer.token_ids, *(() if answer.end_token is None else (answer.end_token,))] for (answer,) in generated
         ]
+
+    def _mixture(self, teacher: Teacher | None) -> Mixture:
+        assert isinstance(teacher, OnlineTeacher), "a teacher that takes part in answers runs beside the student"
+        return Mixture(teacher.headed, self.teacher_mix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -62,6 +62,7 @@ def rows_of_step(
     replica: Replica,
     rollout: Rollout | None,
     answers: Mapping[str, Rows],
+    replayed: Callable[[int], list[TokenisedRow]] | None = None,
 ) -> list[PartRows]:
     """The rows of each part; all processes come here together, and have the same ones afterwards.
 
@@ -72,6 +73,7 @@ def rows_of_step(
         replica: of the student.
         rollout: writes answers; None where no part asks for any.
         answers: the stored ones, by the model that gave them.
+        replayed: draws so many answers of earlier steps.
     """
     counted = [part for part in parts if part.weight]
     stored = {who: of_model for who, of_model in answers.items() if any(part.rows == who for part in counted)}
@@ -81,6 +83,9 @@ def rows_of_step(
         teacher = replica.student.teacher
         assert teacher is None or teacher.backbone is not None, "what is stored of the teacher are gold rows"
         rows["generated"] = rollout.rows(gold, step, replica)
+    if any(part.rows == "replayed" for part in counted):
+        assert replayed is not None, "the method says that it generates nothing"
+        rows["replayed"] = replayed(len(gold))
     return [PartRows(part, rows[part.rows]) for part in counted]
 
 
@@ -127,8 +132,9 @@ def accumulate(
 def of_rollout(parts: Sequence[PartRows]) -> dict[str, Any]:
     """What the line of a step says of its generated rows: how many there are, their mean length, their ends in %."""
     rows = [row for of_part in parts if of_part.part.rows == "generated" for row in of_part.rows]
+    replayed = sum(len(of_part.rows) for of_part in parts if of_part.part.rows == "replayed")
     if not rows:
-        return {"generated_rows": 0}
+        return {"generated_rows": 0, **({"replayed_rows": replayed} if replayed else {})}
     return {
         "generated_rows": len(rows),
         "generated_tokens": sum(len(row.response_ids) for row in rows) / len(rows),

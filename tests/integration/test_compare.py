@@ -243,6 +243,16 @@ def test_compare_when_runs_go_side_by_side_then_errors_are_told_and_the_numbers_
     assert Path(done.stdout.strip()).name == Path(alone.stdout.strip()).name
 
 
+@pytest.mark.slow
+def test_compare_when_runs_side_by_side_train_on_the_same_answers_then_these_are_made_once_before(folder: Path) -> None:
+    words = ["kd_method=seqkd", "kd_method.decoding.max_new_tokens=4", "comparison.num_jobs=2", "comparison.seeds=[1]"]
+    done = compare(folder, "answered", *words)
+    assert done.exit_code == 0, done.stderr
+    before, _, _ = done.stderr.partition("run 1 of 2")
+    assert before.count("the teacher answered 24 rows") == 1
+    assert len(list((folder / "answered" / "answers").glob("*-*"))) == 1
+
+
 def processes_below(folder: Path) -> list[int]:
     """The processes whose command line holds the folder, by what the system says of them."""
     found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()

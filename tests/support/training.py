@@ -30,6 +30,7 @@ from pocl_cli.records import Record, Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import LoopSettings, TrainingJob
 from pocl_cli.training.measure import measure_cross_entropy
+from pocl_cli.training.replay import Replay
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.student import StudentWithObjective
 
@@ -174,6 +175,7 @@ def make_job(
         folder=folder,
         evaluate_dev=(lambda stage: dev_figures(student)) if evaluates else None,
         rollout=make_rollout(student, chosen.seed) if getattr(student.method, "generates", False) else None,
+        replay=make_replay(student, rows, chosen.seed) if hasattr(student.method, "buffer_size") else None,
         track=track,
     )
 
@@ -182,7 +184,14 @@ def make_rollout(student: StudentWithObjective, seed: int) -> Rollout:
     """As the toy tokenizer and the data set have it; prompts of toy rows leave room for 64 tokens in all."""
     decoding = student.method.decoding  # type: ignore[attr-defined]
     end = toy_tokenizer().eos_token_id
-    return Rollout(decoding=decoding, seed=seed, eos_token_ids={end}, pad_token_id=0, max_tokens=64)
+    mix = getattr(student.method, "teacher_mix", 0.0)
+    return Rollout(decoding=decoding, seed=seed, eos_token_ids={end}, pad_token_id=0, max_tokens=64, teacher_mix=mix)
+
+
+def make_replay(student: StudentWithObjective, rows: Sequence[TokenisedRow], seed: int) -> Replay:
+    """A buffer of answers to the prompts of `rows`."""
+    size = student.method.buffer_size  # type: ignore[attr-defined]
+    return Replay(RowsById(rows), size=size, seed=seed, eos_token_ids={toy_tokenizer().eos_token_id})
 
 
 def dev_figures(student: StudentWithObjective) -> dict[str, float]:

@@ -38,7 +38,12 @@ PLANNED_STEPS = {
     r"paper/(gpt2|opt)_(fkl|rkl|jsd|tvd|s.kl|gkd|seqkd)": 3580,
 }
 # What a choice needs beside it to be valid by itself.
-COMPANIONS = {"dataset=local": ["dataset.path=rows.jsonl"], "teacher=none": ["teacher.path=owner/name"]}
+COMPANIONS = {
+    "dataset=local": ["dataset.path=rows.jsonl"],
+    "teacher=none": ["teacher.path=owner/name"],
+    "kd_method=minillm": ["kd_method.teacher_mix=0"],  # on hardware that cuts the teacher into parts
+    "kd_method=distillm": ["dataset.dev_size=9"],
+}
 
 
 def options(group: str) -> list[str]:

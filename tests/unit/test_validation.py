@@ -49,6 +49,12 @@ def mistakes(composed: Composed, changes: dict[str, Any], step: str = "distill")
 
 DRAWN = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "no_repeat_ngram_size": 0, "seed": 1}
 SEQKD = {"name": "seqkd", "decoding": DRAWN}
+DISTILLM = {
+    "name": "distillm",
+    "base": {"name": "sfkl", "alpha": 0.1, "t_squared": True},
+    **{"share_start": 0.0, "share_step": 0.1, "tolerance": 0.1, "buffer_size": 100},
+    **{"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8},
+}
 MISTAKES = [
     ({"train.lrr": 1}, ["unknown key 'train.lrr'", "did you mean 'train.lr'?"]),
     ({"kd_method.alpha": 1}, ["unknown key 'kd_method.alpha'", "has name, t_squared", "sfkl and srkl have it"]),
@@ -86,6 +92,15 @@ MISTAKES = [
     ),
     ({"kd_method": SEQKD, "dataset.format": "text"}, ["kd_method=seqkd with dataset.format=text"]),
     ({"kd_method": {**SEQKD, "decoding": {**DRAWN, "top_p": 0}}}, ["bad value kd_method.decoding.top_p=0"]),
+    (
+        {"kd_method": DISTILLM, "train.evaluate_every": 0},
+        ["kd_method=distillm without dev evaluations", "share_step=0"],
+    ),
+    ({"kd_method": DISTILLM, "dataset.dev_size": 0}, ["kd_method=distillm without dev evaluations"]),
+    (
+        {"kd_method": {**DISTILLM, "buffer_size": 63}},
+        ["kd_method.buffer_size=63 is less than train.global_batch_size=64", "at least 64"],
+    ),
     ({"dataset.limit": 5, "dataset.dev_size": 5}, ["dataset.dev_size=5 takes all of dataset.limit=5", "dev_size=0"]),
     ({"dataset.limit": 5, "dataset.dev_size": 2}, ["curriculum.stages=4 is more than there are training rows"]),
     ({"train.dev_rows": [9, 9]}, ["train.dev_rows=[9, 9] does not fit curriculum.stages=4", "2 numbers for 4 stages"]),
@@ -161,6 +176,9 @@ def test_validate_when_a_key_names_code_then_it_is_refused_for_security(composed
         ("evaluate", {"evaluation.predictions": "x.jsonl"}, False),
         ("score", {}, False),
         ("partition", {}, False),
+        ("score", {"kd_method": SEQKD}, True),
+        ("partition", {"kd_method": SEQKD}, True),
+        ("evaluate", {"kd_method": SEQKD, "evaluation.model": "gpt2"}, False),
         ("distill", {"kd_method": {"name": "sft"}}, False),
     ],
 )
@@ -249,6 +267,17 @@ def test_multi_error_when_it_crosses_a_process_then_it_keeps_its_errors(composed
     again = pickle.loads(pickle.dumps(caught.value))
     assert [str(error) for error in again.errors] == [str(error) for error in caught.value.errors]
     assert again.exit_code == 2
+
+
+@pytest.mark.parametrize(("mix", "refused"), [(0.2, True), (0.0, False)])
+def test_teacher_that_takes_part_in_answers_when_it_would_be_in_parts_then_is_refused(composed, mix, refused):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("kd_method/minillm").kd_method)
+    parts = {"hardware.parallel": "fsdp", "hardware.num_processes": 2, "plan.num_rows": 10}
+
+    told = mistakes(composed, {"kd_method": {**values, "teacher_mix": mix}, **parts})
+
+    assert any("kd_method.teacher_mix=0.2 with hardware.parallel=fsdp" in one for one in told) is refused
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.5, True), (0.0, False)])

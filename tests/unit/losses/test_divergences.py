@@ -38,6 +38,9 @@ CASES = [
 ]
 SAMPLED = {"sampling_temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8}
 GKD = {"name": "gkd", "base": {"name": "tvd", "t_squared": True}, "student_share": 0.5, **SAMPLED}
+SKEW = {"name": "srkl", "alpha": 0.1}
+FOLLOWED = {"share_start": 0.0, "share_step": 0.1, "tolerance": 0.1, "buffer_size": 9}
+DISTILLM = {"name": "distillm", "base": {**SKEW, "t_squared": True}, **FOLLOWED, **SAMPLED}
 ANSWERS = {"decoding": {**SAMPLED, "no_repeat_ngram_size": 0, "seed": 1}}
 DISTILLM2 = {"name": "distillm2", "student_weight_end": 1.5, **ANSWERS}
 CASES += [{**DISTILLM2, "alpha": alpha} for alpha in (0.1, 0.6)]
@@ -225,6 +228,7 @@ def test_divergences_on_the_oracle_logits_equal_the_oracle_file():
         ({"name": "todi", "sharpness": 0.0}, {"name": "symkl", "forward_weight": 0.5}),
         ({"name": "ranking", "base": {"name": "tvd", "t_squared": True}, "weight": 0.0, "top_k": 3}, {"name": "tvd"}),
         (GKD, {"name": "tvd"}),
+        (DISTILLM, SKEW),
     ],
     ids=str,
 )
@@ -382,6 +386,9 @@ def test_divergence_where_the_student_rules_out_a_likely_token_is_its_true_value
         {**GKD, "student_share": 1.1},
         {**GKD, "top_p": 0.0},
         {**GKD, "t_squared": True},
+        {**DISTILLM, "share_start": 1.1},
+        {**DISTILLM, "buffer_size": 0},
+        {**DISTILLM, "base": DISTILLM},
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from pocl_cli.errors import ConfigError, NonFiniteError
-from pocl_cli.models.generate import Generated, generate
+from pocl_cli.models.generate import Generated, Mixture, generate
 from pocl_cli.models.head import split_model
 from pocl_cli.models.sampling import row_seed, uniforms
 from pocl_cli.models.slots import bytes_per_slot_token
@@ -165,6 +165,54 @@ def test_generate_with_several_seeds_a_prompt_gives_what_each_seed_gives_alone(
         for prompt, its_seeds in zip(prompts, seeds, strict=True)
     ]
     assert together == alone
+
+
+def plain_mixed_answer(
+    models: Sequence[PreTrainedModel], prompt: Sequence[int], seed: int, share: float, temperature: float, end: int
+) -> Generated:
+    """Draws from both models' probabilities together, without a cache."""
+    tokens = list(prompt)
+    for step in range(min(NEW_TOKENS, CONTEXT - len(prompt))):
+        with torch.no_grad():
+            logits = [model(torch.tensor([tokens]), use_cache=False).logits[0, -1, :90] for model in models]
+        first, second = (one.div(temperature).softmax(-1) for one in logits)
+        cdf = ((1 - share) * first + share * second).cumsum(-1)
+        token = int((cdf <= uniforms([seed], [step])[0] * cdf[-1]).sum())
+        if token == end:
+            return Generated(tuple(tokens[len(prompt) :]), token)
+        tokens.append(token)
+    return Generated(tuple(tokens[len(prompt) :]), None)
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(0.2, 1.0), (0.7, 1.6)])
+@pytest.mark.parametrize("budget", [12, 10**6])
+def test_generate_from_two_models_equals_a_plain_loop_over_both(
+    tiny: Tiny, share: float, temperature: float, budget: int
+) -> None:
+    models, prompts = [tiny("gpt2").double(), tiny("llama").double()], make_prompts()
+    seeds = [row_seed(10, str(row), "test") for row in range(len(prompts))]
+    free = run(models[0], prompts, seeds=seeds, temperature=temperature, vocabulary_size=90)
+    end = free[0].token_ids[1]
+    arguments = zip(prompts, seeds, strict=True)
+    expected = [plain_mixed_answer(models, *one, share, temperature, end) for one in arguments]
+
+    options: dict[str, Any] = {"temperature": temperature, "eos_token_ids": [end], "vocabulary_size": 90}
+    mixture = Mixture(split_model(models[1]), share)
+    mixed = run(models[0], prompts, seeds=seeds, budget=budget, mixture=mixture, **options)
+
+    assert mixed == expected
+    assert mixed != run(models[0], prompts, seeds=seeds, budget=budget, **options)
+    assert not any("forward" in vars(module) for model in models for module in model.modules())
+
+
+@pytest.mark.parametrize("kinds", [("llama", "mistral"), ("mistral", "llama")])
+def test_generate_from_two_models_of_which_one_cannot_be_decoded_in_slots_is_refused(
+    tiny: Tiny, kinds: tuple[str, str]
+) -> None:
+    first, second = (tiny(kind) for kind in kinds)
+
+    with pytest.raises(ConfigError, match=r"'mistral'.*teacher_mix=0"):
+        run(first, make_prompts(2), temperature=1.0, mixture=Mixture(split_model(second), 0.2))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "qwen2", "smollm3", "deepseek_v3"])

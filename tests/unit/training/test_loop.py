@@ -222,7 +222,7 @@ def test_best_state_when_two_are_equal_then_the_earlier_one_is_kept(tmp_path):
 
 def test_teacher_when_the_student_trains_then_stays_as_it_was(tmp_path):
     job = make_job(tmp_path, max_steps=2)
-    teacher = job.student.teacher._headed
+    teacher = job.student.teacher.headed
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
 
     train(job)

@@ -20,7 +20,13 @@ from pocl_cli.training.objective import ObjectiveOutput, distillation_loss
 
 from ...support.training import make_job, make_student, train_lines
 
-VALUES = {"length_normalised": False, "max_weight": 1e6, "sampling_temperature": 1.0, "max_new_tokens": 8}
+VALUES = {
+    "teacher_mix": 0.0,
+    "length_normalised": False,
+    "max_weight": 1e6,
+    "sampling_temperature": 1.0,
+    "max_new_tokens": 8,
+}
 
 
 def minillm(**changes: Any) -> Any:
@@ -121,7 +127,7 @@ TARGETS = [4, 0, 2, 3, 1, 1, 4, 0, 2, 3]
 
 
 def slow_weights(
-    student: Tensor, teacher: Tensor, temperature: float, drawn_at: float, normalised: bool, most: float
+    student: Tensor, teacher: Tensor, temperature: float, drawn_at: float, normalised: bool, most: float, mix: float
 ) -> Iterator[float]:
     """w·R of each token, in Python floats."""
 
@@ -135,7 +141,8 @@ def slow_weights(
             after = range(place + 1, start + length)
             ratios = [logprob(student, one, temperature) - logprob(teacher, one, temperature) for one in after]
             returned = math.fsum(ratios) / (len(ratios) if normalised and ratios else 1)
-            weight = math.exp(logprob(student, place, temperature) - logprob(student, place, drawn_at))
+            drawn = [math.exp(logprob(one, place, drawn_at)) for one in (student, teacher)]
+            weight = math.exp(logprob(student, place, temperature)) / ((1 - mix) * drawn[0] + mix * drawn[1])
             yield min(weight, most) * returned
         start += length
 
@@ -143,11 +150,13 @@ def slow_weights(
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize(("temperature", "drawn_at", "most"), [(1.0, 1.0, 1.0), (2.0, 1.0, 1e6), (2.0, 0.7, 1.2)])
 @pytest.mark.parametrize("t_squared", [True, False])
+@pytest.mark.parametrize("mix", [0.0, 0.2])
 def test_minillm_equals_the_slow_version_in_value_and_gradient(
-    normalised: bool, temperature: float, drawn_at: float, most: float, t_squared: bool
+    normalised: bool, temperature: float, drawn_at: float, most: float, t_squared: bool, mix: float
 ) -> None:
     student, teacher = random(10, 5, seed=3).mul(2), random(10, 5, seed=4).mul(2)
-    method = minillm(length_normalised=normalised, max_weight=most, sampling_temperature=drawn_at, t_squared=t_squared)
+    drawing = {"sampling_temperature": drawn_at, "teacher_mix": mix}
+    method = minillm(length_normalised=normalised, max_weight=most, t_squared=t_squared, **drawing)
     ours = student.clone().requires_grad_(True)
     output = loss_of(ours, teacher, TARGETS, LENGTHS, method=method, temperature=temperature, normaliser=7.0)
     output.loss.backward()  # type: ignore[no-untyped-call]
@@ -155,7 +164,7 @@ def test_minillm_equals_the_slow_version_in_value_and_gradient(
     slow = student.clone().requires_grad_(True)
     q, p = (slow / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     divergence = (q.exp() * (q - p)).sum()
-    weights = list(slow_weights(student, teacher, temperature, drawn_at, normalised, most))
+    weights = list(slow_weights(student, teacher, temperature, drawn_at, normalised, most, mix))
     policy = sum(weight * q[place, TARGETS[place]] for place, weight in enumerate(weights))
     factor = (temperature**2 if t_squared else 1) / 7
     (factor * (divergence + policy)).backward()
@@ -214,6 +223,7 @@ def test_minillm_when_trained_then_ratio_and_temperature_of_every_stage_reach_it
     plain.student.method = replace(plain.student.method, base=base, student_share=1.0)  # type: ignore[type-var]
     stages = [replace(stage, kd_ratio=1.0) for stage in job.stages]
     alone = make_job(tmp_path / "alone", student=make_student("minillm", dtype=torch.float64), max_steps=1)
+    alone = replace(alone, rollout=plain.rollout)
     train(replace(plain, stages=stages))
     train(replace(alone, stages=stages))
     (one,), (other,) = train_lines(tmp_path / "plain"), train_lines(tmp_path / "alone")

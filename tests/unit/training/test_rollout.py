@@ -15,8 +15,9 @@ import torch
 from pocl_cli.errors import NonFiniteError
 from pocl_cli.losses.evolving import MethodState
 from pocl_cli.losses.on_policy import OnPolicy, Part, StudentAnswers
-from pocl_cli.models.generate import generate
+from pocl_cli.models.generate import Mixture, generate
 from pocl_cli.models.sampling import row_seed
+from pocl_cli.models.teacher import OnlineTeacher
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
 from pocl_cli.training.loop import TrainingJob, train
@@ -136,6 +137,31 @@ def test_answers_when_written_then_leave_random_state_and_mode_as_they_were() ->
     assert all(module.training for module in student.headed.modules())
     # Without dropout: the answers are those of the student in evaluation mode.
     assert written == make_rollout(student, 7).rows(toy_rows(4), 0, Replica(gkd_student().eval(), ALONE))
+
+
+def test_answers_when_the_teacher_takes_part_then_are_draws_from_both() -> None:
+    student, gold = gkd_student(), toy_rows(6)
+    assert isinstance(student.teacher, OnlineTeacher)
+
+    written = answers(gold, teacher_mix=0.4)
+
+    assert written != answers(gold)
+    assert written == [answers([row], teacher_mix=0.4)[0] for row in gold]
+    drawn = generate(
+        student.headed,
+        [row.prompt_ids for row in gold],
+        seeds=[[row_seed(7, row.id, "training 5 0")] for row in gold],
+        decoding=make_rollout(student, 7).decoding,
+        eos_token_ids=ENDS,
+        pad_token_id=0,
+        max_tokens_per_batch=4096,
+        context_length=64,
+        vocabulary_size=student.num_real_tokens,
+        mixture=Mixture(student.teacher.headed, 0.4),
+    )
+    assert [tuple(row.response_ids)[: len(one.token_ids)] for row, (one,) in zip(written, drawn, strict=True)] == [
+        one.token_ids for (one,) in drawn
+    ]
 
 
 def test_answers_when_the_student_gives_nan_then_name_records() -> None:
@@ -283,8 +309,9 @@ def test_method_that_heeds_dev_evaluations_when_trained_then_is_told_each_and_it
     assert len(figures) > 4
 
 
-def minillm_job(folder: Path, **changes: Any) -> TrainingJob:
+def minillm_job(folder: Path, teacher_mix: float = 0.0, **changes: Any) -> TrainingJob:
     student = make_student("minillm", dtype=torch.float64)
+    student.method = replace(student.method, teacher_mix=teacher_mix)  # type: ignore[type-var]
     job = make_job(folder, student=student, global_batch_size=5, **changes)
     return replace(job, rollout=replace(make_rollout(student, 7), eos_token_ids=ENDS))
 
@@ -292,10 +319,15 @@ def minillm_job(folder: Path, **changes: Any) -> TrainingJob:
 # ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("job", [partial(gkd_job, student_share=0.5), minillm_job], ids=["gkd", "minillm"])
+GKD, MIXED = partial(gkd_job, student_share=0.5), partial(minillm_job, teacher_mix=0.2)
+
+
 @pytest.mark.parametrize(
-    ("size", "parallel", "micro_batch"),
-    [(2, "ddp", 4096), (3, "ddp", 60), (2, "fsdp", 1), (3, "fsdp", 60)],
+    ("job", "size", "parallel", "micro_batch"),
+    [
+        *[(job, *split) for job in (GKD, MIXED) for split in ((2, "ddp", 4096), (3, "ddp", 60))],
+        *[(job, *split) for job in (GKD, minillm_job) for split in ((2, "fsdp", 1), (3, "fsdp", 60))],
+    ],
 )
 def test_losses_and_gradient_norms_when_split_in_any_way_then_are_those_of_one_process(
     tmp_path: Path, job: Any, size: int, parallel: str, micro_batch: int
