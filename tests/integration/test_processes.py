@@ -133,7 +133,7 @@ def test_two_runs_when_side_by_side_in_two_processes_each_then_both_end(undistur
 
 
 def test_processes_when_they_work_then_no_other_machine_can_reach_them(undisturbed: Undisturbed) -> None:
-    assert undisturbed.num_processes == 4, "the command, an agent and two workers were looked at"
+    assert undisturbed.num_processes >= 4, "the command, an agent and two workers were looked at"
     assert undisturbed.reachable == set()
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
@@ -26,8 +27,9 @@ from pocl_cli.models.load import set_dropout
 from pocl_cli.models.teacher import OnlineTeacher
 from pocl_cli.models.toy_tokenizer import build_toy_tokenizer
 from pocl_cli.models.vocabulary import num_real_tokens
-from pocl_cli.records import Record, Stage, TokenisedRow
+from pocl_cli.records import Record, Stage, TokenisedRow, answers_of
 from pocl_cli.registry import kd_methods
+from pocl_cli.training.answered_rows import AnsweredRows
 from pocl_cli.training.loop import LoopSettings, TrainingJob
 from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.replay import Replay
@@ -136,6 +138,15 @@ class RowsById:
         return self.by_id[record_id].num_tokens
 
 
+def make_answers(who: str, rows: Sequence[TokenisedRow]) -> AnsweredRows:
+    """Made-up stored answers of a model to `rows`, some of them empty and some cut."""
+    length, gold = {"teacher": 5, "student": 7}[who], RowsById(rows)
+    lists = [[(7 * place + step) % 90 + 5 for step in range((place * length) % 9)] for place in range(len(rows))]
+    ended = [not tokens or place % 3 > 0 for place, tokens in enumerate(lists)]
+    column = pa.chunked_array([pa.array(lists, pa.list_(pa.int32()))])
+    return AnsweredRows(who, gold, column, pa.chunked_array([pa.array(ended)]), eos_id=toy_tokenizer().eos_token_id)
+
+
 def two_stages(rows: Sequence[TokenisedRow], *, epochs: int = 2) -> list[Stage]:
     """Stage 0 on the first half of the rows, stage 1 on all; temperature and kd_ratio rise."""
     ids = tuple(row.id for row in rows)
@@ -175,6 +186,7 @@ def make_job(
         folder=folder,
         evaluate_dev=(lambda stage: dev_figures(student)) if evaluates else None,
         rollout=make_rollout(student, chosen.seed) if getattr(student.method, "generates", False) else None,
+        answers={who: make_answers(who, rows) for who in answers_of(student.method)},
         replay=make_replay(student, rows, chosen.seed) if hasattr(student.method, "buffer_size") else None,
         track=track,
     )

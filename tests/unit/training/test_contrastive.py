@@ -6,41 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
 from pocl_cli.losses.on_policy import Part
 from pocl_cli.records import Stage, TokenisedRow
 from pocl_cli.registry import kd_methods
-from pocl_cli.training.answered_rows import AnsweredRows
 from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.objective import collate
 from pocl_cli.training.student import StudentWithObjective
 
 from ...support.processes import in_processes
 from ...support.training import (
-    RowsById,
+    make_answers,
     make_job,
     make_student,
     read_consumed,
     toy_rows,
-    toy_tokenizer,
     train_lines,
     two_stages,
 )
 
-
-def answers(who: str, length: int) -> AnsweredRows:
-    """Made-up answers of the toy rows, some of them empty and some cut."""
-    gold = RowsById(toy_rows(12))
-    lists = [[(7 * place + step) % 90 + 5 for step in range((place * length) % 9)] for place in range(12)]
-    ended = [bool(tokens) is False or place % 3 > 0 for place, tokens in enumerate(lists)]
-    column = pa.chunked_array([pa.array(lists, pa.list_(pa.int32()))])
-    return AnsweredRows(who, gold, column, pa.chunked_array([pa.array(ended)]), eos_id=toy_tokenizer().eos_token_id)
-
-
-ANSWERS = {"teacher": answers("teacher", 5), "student": answers("student", 7)}
+ANSWERS = {who: make_answers(who, toy_rows(12)) for who in ("teacher", "student")}
 
 
 def contrastive_student(**changes: Any) -> StudentWithObjective:
@@ -50,8 +37,7 @@ def contrastive_student(**changes: Any) -> StudentWithObjective:
 
 
 def job(folder: Path, student: StudentWithObjective | None = None, **changes: Any) -> TrainingJob:
-    made = make_job(folder, student=student or contrastive_student(), global_batch_size=3, **changes)
-    return replace(made, answers=ANSWERS)
+    return make_job(folder, student=student or contrastive_student(), global_batch_size=3, **changes)
 
 
 def loss_by_hand(rows: list[TokenisedRow], temperature: float, method: Any = None) -> float:
