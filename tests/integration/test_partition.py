@@ -19,7 +19,7 @@ from pocl_cli.records import Record
 from pocl_cli.run import Run
 from pocl_cli.steps import partition, stages
 from pocl_cli.steps.chain import Chain
-from pocl_cli.steps.score import SCORES
+from pocl_cli.steps.score import INSTRUCTION, MEASURED
 
 from ..support.recipe import compose, recipe
 
@@ -47,7 +47,7 @@ def rows(num_rows: int) -> list[dict[str, Any]]:
 def commit_scores(run: Run, made: Sequence[Mapping[str, Any]], row_group_size: int) -> None:
     chain = Chain(run)
     with chain.store.open_work(chain.score_key("student")) as work:
-        table = pa.Table.from_pylist(list(made), schema=SCORES)
+        table = pa.Table.from_pylist(list(made), schema=MEASURED.append(INSTRUCTION))
         pq.write_table(table, work.path / "scores.parquet", row_group_size=row_group_size)
         work.commit(config=run.resolved, inputs={}, command=run.command, seed=None)
 

@@ -45,7 +45,7 @@ MISTAKES = [
     ("teacher=models/smollm2", ["a path or hub id is given with teacher.path=models/smollm2"]),
     ("dataset=./rows.jsonl", ["dataset=local dataset.path=./rows.jsonl"]),
     ("dataset=[dolly,dooly]", ["unknown dataset 'dooly'"]),
-    ("kd_method=null", ["'kd_method=null' chooses nothing", "fkl, gkd, jsd"]),
+    ("kd_method=null", ["'kd_method=null' chooses nothing", "choose one of abkd, akl"]),
     ("+kd_method=rkl", ["write kd_method=rkl"]),
     ("kd_method@foo=fkl", ["unknown key 'kd_method@foo'", "write kd_method=…, without @"]),
     ("teaher=gpt2-xl", ["unknown key 'teaher'", "did you mean 'teacher'?"]),
