@@ -18,6 +18,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pocl_cli.dataset_list import named_datasets
 from pocl_cli.errors import ConfigError, PoclError
 from pocl_cli.explain import COMPOSITION_ERRORS, diagnose, explain, options_of, unknown_option, unresolved
 from pocl_cli.guard import refuse_alias_bombs
@@ -26,7 +27,7 @@ from pocl_cli.redaction import scrub_values
 from pocl_cli.run import Run
 from pocl_cli.schema import PoclConfig
 from pocl_cli.teacher_list import named_teachers
-from pocl_cli.validation import preset_names, validate
+from pocl_cli.validation import validate
 
 # What passes from a caller to the recipe that makes its teacher or student.
 PASSED_ON = ("paths", "hardware", "tracker", "upstream")
@@ -147,7 +148,7 @@ def from_hydra(
         values,
         step,
         names=options_of("dataset"),
-        presets=_presets("dataset", preset_names(values, options_of("dataset"))),
+        presets=_presets("dataset", named_datasets(values, options_of("dataset"))),
         teacher_names=options_of("teacher"),
         teacher_presets=_presets("teacher", named_teachers(values, options_of("teacher"))),
     )

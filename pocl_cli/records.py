@@ -155,6 +155,11 @@ def asks_teacher(method: Any) -> bool:
     return bool(method.needs_teacher) or "teacher" in answers_of(method)
 
 
+def generates(method: object) -> bool:
+    """Whether the student answers prompts while a KD method trains it; most methods know of no such thing."""
+    return bool(getattr(method, "generates", False))
+
+
 @dataclass(frozen=True, slots=True)
 class Subset:
     """One slice of the partition, easiest first inside it."""
@@ -178,6 +183,12 @@ class Convergence:
     metric: Literal["dev_rouge_l", "dev_cross_entropy"] | None
     patience: Annotated[int, Field(ge=1)]
     min_epochs: Annotated[int, Field(ge=1)]
+
+
+def may_end_early(scheduler: object) -> bool:
+    """Whether stages may end by a rule; a scheduler of a plugin need not know of any."""
+    rule: Convergence | None = getattr(scheduler, "convergence", None)
+    return rule is not None and rule.metric is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from pocl_cli.losses import evolving
-from pocl_cli.losses.composition import BaseMethod
+from pocl_cli.losses.composition import AroundBase
 from pocl_cli.losses.on_policy import Part, StudentAnswers, num_replayable
 from pocl_cli.registry import kd_methods
 from pocl_cli.seeds import derive_fraction
@@ -26,7 +26,7 @@ _OF_BASE = "base."
 
 @kd_methods.register("distillm")
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveOffPolicy(StudentAnswers):
+class AdaptiveOffPolicy(AroundBase, StudentAnswers):
     """The divergence of `base`; a share φ of the steps uses answers of the student, new ones or those of a buffer.
 
     DistiLLM, Ko et al. 2024, arXiv 2402.03898, section 3.2, as its released code has it. φ starts at `share_start`.
@@ -42,15 +42,10 @@ class AdaptiveOffPolicy(StudentAnswers):
     """
 
     needs_teacher: ClassVar[bool] = True
-    base: BaseMethod
     share_start: Annotated[float, Field(ge=0, le=1)]
     share_step: Annotated[float, Field(ge=0, le=1)]
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     buffer_size: Annotated[int, Field(ge=1)]
-
-    @property
-    def t_squared(self) -> bool:
-        return bool(self.base.t_squared)
 
     @property
     def generates(self) -> bool:

@@ -1,12 +1,21 @@
-"""A KD method that is built on another one: the field of its configuration that holds the other."""
+"""KD methods that are built on another one."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, ValidationError
 
+from pocl_cli.losses import evolving
 from pocl_cli.registry import kd_methods
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from pocl_cli.losses.evolving import MethodState
 
 
 def _build_base(values: Any) -> Any:
@@ -22,3 +31,20 @@ def _build_base(values: Any) -> Any:
 
 
 BaseMethod: TypeAlias = Annotated[Any, BeforeValidator(_build_base)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AroundBase:
+    """The key `base`, the other method; the state is the base's own, and so is T²."""
+
+    base: BaseMethod
+
+    @property
+    def t_squared(self) -> bool:
+        return bool(self.base.t_squared)
+
+    def after_step(self, progress: float, state: MethodState, kd: Tensor) -> MethodState:
+        return evolving.after_step(self.base, progress, state, kd)
+
+    def after_dev(self, figures: Mapping[str, float], state: MethodState) -> MethodState:
+        return evolving.after_dev(self.base, figures, state)

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from pocl_cli.losses import evolving
-from pocl_cli.losses.composition import BaseMethod
+from pocl_cli.losses.composition import AroundBase
 from pocl_cli.losses.on_policy import Part, StudentAnswers
 from pocl_cli.registry import kd_methods
 from pocl_cli.seeds import derive_fraction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from pocl_cli.losses.divergence import KDMethod
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 @kd_methods.register("gkd")
 @dataclass(frozen=True, kw_only=True)
-class GeneralizedKD(StudentAnswers):
+class GeneralizedKD(AroundBase, StudentAnswers):
     """The divergence of `base`, in a share `student_share` of the steps on answers that the student writes itself.
 
     GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1: one coin a step, the same in all processes, decides for the
@@ -35,12 +33,7 @@ class GeneralizedKD(StudentAnswers):
     """
 
     needs_teacher: ClassVar[bool] = True
-    base: BaseMethod
     student_share: Annotated[float, Field(ge=0, le=1)]
-
-    @property
-    def t_squared(self) -> bool:
-        return bool(self.base.t_squared)
 
     @property
     def generates(self) -> bool:
@@ -55,12 +48,6 @@ class GeneralizedKD(StudentAnswers):
 
     def for_step(self, progress: float, state: MethodState) -> KDMethod:
         return evolving.for_step(self.base, progress, state)
-
-    def after_step(self, progress: float, state: MethodState, kd: Tensor) -> MethodState:
-        return evolving.after_step(self.base, progress, state, kd)
-
-    def after_dev(self, figures: Mapping[str, float], state: MethodState) -> MethodState:
-        return evolving.after_dev(self.base, figures, state)
 
     def __call__(self, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
         divergence_N: Tensor = self.base(student_logprobs_NV, teacher_logprobs_NV)

@@ -1,5 +1,6 @@
 """KD methods that say what a step is made of: the gold rows, or answers to their prompts, stored or just written."""
 
+# ruff: noqa: N815 (fields carry shape suffixes too)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -95,9 +96,9 @@ class SampledTokens(NamedTuple):
         lengths: number of tokens of each answer; they follow each other.
     """
 
-    student_N: Tensor  # noqa: N815 (fields carry shape suffixes too)
-    teacher_N: Tensor  # noqa: N815
-    drawn_N: Tensor  # noqa: N815
+    student_N: Tensor
+    teacher_N: Tensor
+    drawn_N: Tensor
     lengths: Sequence[int]
 
 

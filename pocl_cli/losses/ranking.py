@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from pocl_cli.losses import evolving
-from pocl_cli.losses.composition import BaseMethod
+from pocl_cli.losses.composition import AroundBase
 from pocl_cli.losses.divergence import LOG_ZERO
 from pocl_cli.registry import kd_methods
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from pocl_cli.losses.evolving import MethodState
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 @kd_methods.register("ranking")
 @dataclass(frozen=True, kw_only=True)
-class Ranking:
+class Ranking(AroundBase):
     """The divergence of `base`, and `weight` times a loss of rank correlation, per response token.
 
     RLKD, Peng & Zhang 2025, arXiv 2409.12545: 1 − Spearman's correlation between teacher and student over the union of
@@ -35,22 +33,11 @@ class Ranking:
     """
 
     needs_teacher: ClassVar[bool] = True
-    base: BaseMethod
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     top_k: Annotated[int, Field(ge=2)]
 
-    @property
-    def t_squared(self) -> bool:
-        return bool(self.base.t_squared)
-
     def for_step(self, progress: float, state: MethodState) -> Ranking:
         return replace(self, base=evolving.for_step(self.base, progress, state))
-
-    def after_step(self, progress: float, state: MethodState, kd: Tensor) -> MethodState:
-        return evolving.after_step(self.base, progress, state, kd)
-
-    def after_dev(self, figures: Mapping[str, float], state: MethodState) -> MethodState:
-        return evolving.after_dev(self.base, figures, state)
 
     def __call__(self, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
         divergence_N: Tensor = self.base(student_logprobs_NV, teacher_logprobs_NV)

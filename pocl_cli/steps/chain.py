@@ -17,12 +17,11 @@ from pocl_cli.artifacts.store import Store
 from pocl_cli.data.sources import dataset_identity
 from pocl_cli.errors import DataError
 from pocl_cli.models.source import ModelSource, resolve_student, resolve_teacher
-from pocl_cli.records import answers_of, asks_teacher, measured_by
+from pocl_cli.records import answers_of, asks_teacher, generates, measured_by
 from pocl_cli.registry import describe
 from pocl_cli.run import Run
 from pocl_cli.schema import DatasetConfig, ModelConfig, PoclConfig, TeacherConfig
 from pocl_cli.steps.result import obtain
-from pocl_cli.validation import generates
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
@@ -177,7 +176,7 @@ class Chain:
 
         On answers that the student writes it has to run anyway.
         """
-        reads = self.config.kd_method.needs_teacher and not generates(self.config)
+        reads = self.config.kd_method.needs_teacher and not generates(self.config.kd_method)
         return self.teacher is not None and self.config.teacher.store and reads
 
     @property

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pocl_cli import tables
 from pocl_cli.data.encoder import encoder_of
 from pocl_cli.errors import PoclError
-from pocl_cli.records import TokenisedRow, answers_of
+from pocl_cli.records import TokenisedRow, answers_of, generates, may_end_early
 from pocl_cli.steps import checks
 from pocl_cli.steps.costs import Sizes, gib, multiply_adds, sizes_of, training_disk, training_memory
 from pocl_cli.steps.stages import planned_table, training_records
-from pocl_cli.validation import generates, may_end_early
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +68,7 @@ def _estimates(
         min(row["steps"] * config.train.global_batch_size, row["epochs"] * row["num_rows"]) for row in table
     )
     estimates: dict[str, Any] = {"steps": steps, "sequences": sequences}
-    if may_end_early(config):
+    if may_end_early(config.curriculum):
         estimates["these are the most"] = "stages may end early (curriculum.convergence)"
     if records is None:
         tokens = sequences * config.dataset.max_tokens
@@ -85,7 +84,7 @@ def _estimates(
         response = statistics.fmean(len(row.response_ids) for row in rows)
         estimates["tokens (prompt + response)"] = round(sequences * mean)
         estimates["response tokens"] = round(sequences * response)
-        if generates(config):
+        if generates(config.kd_method):
             estimates["the student's answers (estimate)"] = "as long as the responses of the rows"
         once = _Tokens(num_rows * mean, num_rows * response)
         estimates |= _answers(chain, once)
@@ -168,12 +167,13 @@ def _costs(chain: Chain, teachers: Sequence[tuple[Chain, float]], trained: _Toke
             f"{gib(stored)} on disk, computed once for all runs; where they are not there yet, the teacher is loaded "
             f"and memory rises to {gib(bare + filling)}"
         )
+    answers = ["the student's answers"] if generates(chain.config.kd_method) else []
     return {
         "memory (estimate)": f"{gib(bare + head)} on {hardware.device}",
         "disk (estimate)": f"{gib(disk)} while it runs, {gib(kept)} kept",
         **details,
         "training (estimate)_seconds": work / _multiply_adds_per_second(hardware.device),
-        "not counted": "dev evaluations, scoring" + (", the student's answers" if generates(chain.config) else ""),
+        "not counted": ", ".join(["dev evaluations", "scoring", *answers]),
     }
 
 

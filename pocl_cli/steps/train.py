@@ -27,7 +27,7 @@ from pocl_cli.models.head import split_model
 from pocl_cli.models.load import LoadedModel, load_model, load_tokenizer
 from pocl_cli.models.lora import Adapters
 from pocl_cli.models.vocabulary import align_vocabularies
-from pocl_cli.records import Stage, Subset, answers_of
+from pocl_cli.records import Stage, Subset, answers_of, generates
 from pocl_cli.schema import PoclConfig
 from pocl_cli.seeds import derive_seed
 from pocl_cli.steps.chain import Chain
@@ -50,7 +50,6 @@ from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.shards import Rows
 from pocl_cli.training.stage_rows import RowChoice, measure_rows
 from pocl_cli.training.student import StudentWithObjective
-from pocl_cli.validation import generates
 
 
 class Trained(NamedTuple):
@@ -220,8 +219,8 @@ def _job(
         settings=settings,
         folder=folder,
         evaluate_dev=evaluate_dev if evaluates else None,
-        rollout=_rollout(config, loaded) if generates(config) else None,
-        replay=_replay(config, loaded, rows) if generates(config) else None,
+        rollout=_rollout(config, loaded) if generates(config.kd_method) else None,
+        replay=_replay(config, loaded, rows) if generates(config.kd_method) else None,
         processes=processes,
         choice=RowChoice(scheduler, rows.train.ids, measure) if scheduler else None,
     )

@@ -24,6 +24,17 @@ class Pace(NamedTuple):
     tokens_per_second: float
 
 
+class Waited:
+    """When the host last waited for the device, and in which state; `note` goes beside the progress from then on."""
+
+    def __init__(self, state: TrainingState, note: str = "") -> None:
+        self.time, self.state, self.note = time.perf_counter(), state, note
+
+    def pace(self, state: TrainingState) -> Pace:
+        seconds = time.perf_counter() - self.time
+        return Pace(seconds / (state.step - self.state.step), (state.num_tokens - self.state.num_tokens) / seconds)
+
+
 class Journal:
     """Lines since the last checkpoint are kept in memory and written by `flush`, so that a resumed run repeats none.
 

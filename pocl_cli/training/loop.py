@@ -6,7 +6,6 @@ model, the optimizer's moments and a few counts (`state.py`): an interrupted run
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +24,7 @@ from pocl_cli.records import Stage
 from pocl_cli.seeds import derive_seed
 from pocl_cli.training import checkpoint
 from pocl_cli.training.finite import FiniteGuard
-from pocl_cli.training.journal import Journal, Pace, SilentJournal
+from pocl_cli.training.journal import Journal, SilentJournal, Waited
 from pocl_cli.training.optimizer import make_optimizer
 from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.replica import Replica
@@ -161,7 +160,7 @@ def train(job: TrainingJob) -> TrainingState:
                 state, method_state = _evaluate_dev(job, replica, journal, state, method_state, stage, sampler, signals)
 
             before = sum(one["steps"] for one in job.table[: state.stage])
-            waited = _Waited(state)
+            waited = Waited(state)
             for stage_step in range(state.stage_step, row["steps"]):
                 if state.converged:
                     get_logger().info("stage %d has converged after %d steps", stage.index, stage_step)
@@ -223,7 +222,7 @@ def train(job: TrainingJob) -> TrainingState:
                         },
                         pace=waited.pace(state),
                     )
-                    waited = _Waited(state, note=f"{waited.pace(state).tokens_per_second:,.0f} response tokens/s")
+                    waited = Waited(state, note=f"{waited.pace(state).tokens_per_second:,.0f} response tokens/s")
                 job.show(1, waited.note)
 
                 # ── dev evaluation at the end of an epoch and of the stage ────────────────────────────────────────
@@ -235,13 +234,13 @@ def train(job: TrainingJob) -> TrainingState:
                     state, method_state = _evaluate_dev(
                         job, replica, journal, state, method_state, stage, sampler, signals
                     )
-                    waited = _Waited(state, note=waited.note)
+                    waited = Waited(state, note=waited.note)
 
                 # ── checkpoint ────────────────────────────────────────────────────────────────────────────────────
                 if not last and state.step % settings.checkpoint_every == 0:
                     guard.refuse()
                     state = saved = _save(job, replica, journal, state, method_state, optimizer, measured)
-                    waited = _Waited(state, note=waited.note)
+                    waited = Waited(state, note=waited.note)
 
             # ── the stage ends: its best or last state is handed on ───────────────────────────────────────────────
             if settings.keep_best and state.best is not None:
@@ -266,17 +265,6 @@ def train(job: TrainingJob) -> TrainingState:
     journal.close()
     replica.make_whole()
     return state
-
-
-class _Waited:
-    """When the host last waited for the device, and in which state; `note` goes beside the progress from then on."""
-
-    def __init__(self, state: TrainingState, note: str = "") -> None:
-        self.time, self.state, self.note = time.perf_counter(), state, note
-
-    def pace(self, state: TrainingState) -> Pace:
-        seconds = time.perf_counter() - self.time
-        return Pace(seconds / (state.step - self.state.step), (state.num_tokens - self.state.num_tokens) / seconds)
 
 
 def _schedule_steps(job: TrainingJob) -> list[int]:

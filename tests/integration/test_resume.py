@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from pocl_cli.steps import partition
 from pocl_cli.trackers import TrackerRun
 from pocl_cli.training.loop import TrainingJob, train
 
+from ..support.aborts import AbortAtOperation, Aborted, abort_after
 from ..support.folders import memory_folder
 from ..support.processes import die, die_at_operation, forked
 from ..support.recipe import changed, compose, distilled, promised_hashes, recipe, write_inputs
@@ -65,18 +66,9 @@ def undisturbed_loop() -> dict[str, str]:
         return result(folder, small_job(folder))
 
 
-class Aborted(BaseException):
-    """Not an Exception: nothing may swallow it."""
-
-
 def test_loop_when_aborted_at_any_file_operation_then_ends_in_the_same_bytes(tmp_path, monkeypatch, undisturbed_loop):
     for n in itertools.count(1):
-        folder, left = tmp_path / str(n), itertools.count(n - 1, -1)
-
-        def abort(event: str, what: str, left: Iterator[int] = left) -> None:
-            if next(left) == 0:
-                raise Aborted
-
+        folder, abort = tmp_path / str(n), AbortAtOperation(n)
         with monkeypatch.context() as patched, suppress(Aborted):
             patched.setattr(faults, "hook", abort)
             train(small_job(folder))
@@ -84,7 +76,7 @@ def test_loop_when_aborted_at_any_file_operation_then_ends_in_the_same_bytes(tmp
         assert result(folder, small_job(folder)) == undisturbed_loop, f"aborted at operation {n}"
         assert not list(folder.glob("checkpoints/.partial-*"))
         shutil.rmtree(folder)
-        if next(left) >= 0:
+        if not abort.fired:
             break
 
     assert n > 80, "the hook is called before every write, flush, rename and removal"
@@ -99,16 +91,6 @@ def test_loop_when_killed_again_and_again_then_ends_in_the_same_bytes(tmp_path, 
 
     assert result(tmp_path, small_job(tmp_path)) == undisturbed_loop
     assert died == [signal.SIGKILL] * 4
-
-
-def abort_after(step: int) -> Callable[..., None]:
-    done = itertools.count(1)
-
-    def show(num_steps: int, *more: object) -> None:
-        if next(done) == step:
-            raise Aborted
-
-    return show
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 2])

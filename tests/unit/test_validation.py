@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pocl_cli.config import conf_dir
+from pocl_cli.dataset_list import named_datasets
 from pocl_cli.mistakes import MultiConfigError, siblings_of
-from pocl_cli.validation import keys_of, preset_names, validate
+from pocl_cli.validation import keys_of, validate
 
 Composed = tuple[dict[str, Any], dict[str, Any]]
 NAMES = ["dolly_eval", "local", "self_inst"]
@@ -243,10 +244,10 @@ def test_datasets_when_two_share_a_name_then_a_mapping_is_proposed(composed: Com
     assert "two data sets share a name" in line
 
 
-def test_preset_names_when_entries_are_of_all_kinds_then_only_needed_ones_are_asked_for() -> None:
+def test_named_datasets_when_entries_are_of_all_kinds_then_only_needed_ones_are_asked_for() -> None:
     values = {"evaluation": {"datasets": ["dolly_eval", {"name": ["x"]}, 3, "rows.jsonl"]}}
-    assert preset_names(values, NAMES) == ["dolly_eval", "local"]
-    assert preset_names({"evaluation": None}, NAMES) == ["local"]
+    assert named_datasets(values, NAMES) == ["dolly_eval", "local"]
+    assert named_datasets({"evaluation": None}, NAMES) == ["local"]
 
 
 # ── small parts ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from pocl_cli.training.loop import TrainingJob, train
 from pocl_cli.training.objective import collate
 from pocl_cli.training.student import StudentWithObjective
 
-from ...support.processes import in_processes
+from ...support.splits import assert_any_split_is_the_same
 from ...support.training import (
     make_answers,
     make_job,
@@ -99,20 +99,9 @@ def test_weights_when_the_run_goes_on_then_the_students_rises_to_its_end_at_half
 def test_losses_and_gradient_norms_when_split_in_any_way_then_are_those_of_one_process(
     tmp_path: Path, size: int, parallel: str, micro_batch: int
 ) -> None:
-    changes = {"stages": two_stages(toy_rows(12))}
-    train(job(tmp_path / "alone", **changes))
-
-    def act(processes: Any) -> None:
-        split = job(tmp_path / "split", max_tokens_per_micro_batch=micro_batch, **changes)
-        train(replace(split, processes=processes))
-
-    in_processes(size, tmp_path, act, parallel=parallel)
-
-    alone, split = train_lines(tmp_path / "alone"), train_lines(tmp_path / "split")
-    assert len(alone) == len(split) > 5
-    for one, other in zip(split, alone, strict=True):
-        assert one == pytest.approx(other, rel=1e-9)
-    assert read_consumed(tmp_path / "split") == read_consumed(tmp_path / "alone")
+    assert_any_split_is_the_same(
+        job, tmp_path, size=size, parallel=parallel, micro_batch=micro_batch, stages=two_stages(toy_rows(12))
+    )
 
 
 def test_seqkd_when_it_chooses_rows_then_asks_for_cross_entropy_on_the_teachers_answers_alone() -> None:

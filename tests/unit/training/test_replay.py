@@ -19,12 +19,12 @@ from pocl_cli.training.replay import Replay
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.step import PartRows
 
-from ...support.processes import in_processes
+from ...support.aborts import Aborted, abort_after
+from ...support.splits import assert_any_split_is_the_same
 from ...support.training import (
     RowsById,
     make_job,
     make_student,
-    read_consumed,
     same_weights,
     toy_rows,
     train_lines,
@@ -196,29 +196,13 @@ def test_losses_and_gradient_norms_when_split_in_any_way_then_are_those_of_one_p
 ) -> None:
     # A small rate: rounding must not choose other tokens.
     changes = {"stages": two_stages(GOLD, epochs=4), "lr": 1e-4}
-    train(run_of(tmp_path / "alone", **changes))
-
-    def act(processes: Any) -> None:
-        split = run_of(tmp_path / "split", max_tokens_per_micro_batch=micro_batch, **changes)
-        train(replace(split, processes=processes))
-
-    if size == 1:
-        train(run_of(tmp_path / "split", max_tokens_per_micro_batch=micro_batch, **changes))
-    else:
-        in_processes(size, tmp_path, act, parallel=parallel)
-
-    alone, split = train_lines(tmp_path / "alone"), train_lines(tmp_path / "split")
-    assert len(alone) == len(split) > 20
+    alone = assert_any_split_is_the_same(
+        run_of, tmp_path, size=size, parallel=parallel, micro_batch=micro_batch, **changes
+    )
+    assert len(alone) > 20
     assert {bool(line["generated_rows"]) for line in alone} == {True, False}
     assert any(line.get("replayed_rows") for line in alone)
     assert alone[-1]["student_share"] == 1
-    for one, other in zip(split, alone, strict=True):
-        assert one == pytest.approx(other, rel=1e-9)
-    assert read_consumed(tmp_path / "split") == read_consumed(tmp_path / "alone")
-
-
-class Aborted(BaseException):
-    """Not an Exception: nothing may swallow it."""
 
 
 def test_run_with_a_buffer_when_interrupted_then_ends_in_the_same_bytes(tmp_path: Path) -> None:
@@ -237,14 +221,8 @@ def test_run_with_a_buffer_when_interrupted_then_ends_in_the_same_bytes(tmp_path
     assert set(kinds) == {(True, False), (False, True), (False, False)}
     assert len(kinds) > 8
     for step in (1, 2, 5, 8):
-
-        def abort(n: int, note: str = "", *, left: list[int] = [step]) -> None:  # noqa: B006
-            left[0] -= n
-            if left[0] <= 0:
-                raise Aborted
-
         with pytest.raises(Aborted):
-            train(replace(job(str(step)), show=abort))
+            train(replace(job(str(step)), show=abort_after(step)))
         found, found_weights = result(str(step))
         assert found == expected
         assert same_weights(found_weights, expected_weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +26,9 @@ from pocl_cli.training.replica import Replica
 from pocl_cli.training.rollout import Rollout
 from pocl_cli.training.student import StudentWithObjective
 
+from ...support.aborts import Aborted, abort_after
 from ...support.processes import in_processes
+from ...support.splits import assert_any_split_is_the_same
 from ...support.training import (
     dev_lines,
     make_job,
@@ -335,20 +336,10 @@ def test_losses_and_gradient_norms_when_split_in_any_way_then_are_those_of_one_p
     rows = toy_rows(12)
     # A small rate: rounding must not choose other tokens.
     changes = {"stages": two_stages(rows), "lr": 1e-4}
-    train(job(tmp_path / "alone", **changes))
-
-    def act(processes: Any) -> None:
-        split = job(tmp_path / "split", max_tokens_per_micro_batch=micro_batch, **changes)
-        train(replace(split, processes=processes))
-
-    in_processes(size, tmp_path, act, parallel=parallel)
-
-    alone, split = train_lines(tmp_path / "alone"), train_lines(tmp_path / "split")
-    assert len(alone) == len(split) > 5
+    alone = assert_any_split_is_the_same(
+        job, tmp_path, size=size, parallel=parallel, micro_batch=micro_batch, **changes
+    )
     assert any(line["generated_rows"] for line in alone)
-    for one, other in zip(split, alone, strict=True):
-        assert one == pytest.approx(other, rel=1e-9)
-    assert read_consumed(tmp_path / "split") == read_consumed(tmp_path / "alone")
 
 
 def test_answers_when_there_are_more_processes_than_rows_then_all_have_them(tmp_path: Path) -> None:
@@ -363,10 +354,6 @@ def test_answers_when_there_are_more_processes_than_rows_then_all_have_them(tmp_
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Aborted(BaseException):
-    """Not an Exception: nothing may swallow it."""
 
 
 @pytest.mark.parametrize("method", ["gkd", "minillm"])
@@ -391,14 +378,8 @@ def test_run_on_generated_rows_when_interrupted_after_any_step_then_ends_in_the_
     assert generated == ({0, 2, 4} if method == "gkd" else {2, 4})
 
     for step in range(1, 10):
-        done = itertools.count(1)
-
-        def show(n: int, note: str = "", step: int = step, done: Any = done) -> None:
-            if next(done) == step:
-                raise Aborted
-
         with pytest.raises(Aborted):
-            train(replace(job(f"cut-{step}"), show=show))
+            train(replace(job(f"cut-{step}"), show=abort_after(step)))
         torch.manual_seed(step)  # what a new process draws before does not matter
         assert result(f"cut-{step}") == undisturbed, f"aborted after step {step}"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,7 @@ from pocl_cli.training.measure import measure_cross_entropy
 from pocl_cli.training.parallel import ALONE, Processes
 from pocl_cli.training.stage_rows import RowChoice, measure_rows
 
+from ...support.aborts import Aborted, abort_after
 from ...support.processes import in_processes
 from ...support.training import HARDWARE, RowsById, make_job, make_student, read_consumed, toy_rows
 
@@ -47,20 +46,6 @@ def self_paced_job(folder: Path, **changes: Any) -> TrainingJob:
     )
     measure = partial(measure_rows, student, RowsById(ROWS), hardware=HARDWARE, processes=ALONE)
     return replace(job, choice=RowChoice(chooses, IDS, measure))
-
-
-class Aborted(BaseException):
-    """Not an Exception: nothing may swallow it."""
-
-
-def abort_after(step: int) -> Callable[..., None]:
-    done = itertools.count(1)
-
-    def show(num_steps: int, *more: object) -> None:
-        if next(done) == step:
-            raise Aborted
-
-    return show
 
 
 def left(folder: Path) -> list[bytes]:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from pocl_cli.training.shards import SHARD_ROWS, in_shards
 from pocl_cli.training.stored_teacher import StoredTeacher, open_teacher
 from pocl_cli.training.teacher_signals import HIDDEN, TeacherSignals
 
+from ...support.aborts import AbortAtOperation, Aborted
 from ...support.training import (
     HARDWARE,
     TEACHER,
@@ -327,22 +328,13 @@ def test_store_when_a_file_of_it_has_another_length_then_is_refused_before_anyth
         stored(tmp_path, must_not_load)
 
 
-class Aborted(BaseException):
-    """Not an Exception: nothing may swallow it."""
-
-
 def test_store_when_aborted_at_any_file_operation_then_a_rerun_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filled: dict[str, str]
 ) -> None:
     online = random_teacher()
     rows = [ROWS.row(ids[-1]) for ids in in_shards(ROWS)]
     for n in itertools.count(1, 5):
-        folder, left = tmp_path / str(n), itertools.count(n - 1, -1)
-
-        def abort(event: str, what: str, left: Iterator[int] = left) -> None:
-            if next(left) == 0:
-                raise Aborted
-
+        folder, abort = tmp_path / str(n), AbortAtOperation(n)
         with monkeypatch.context() as patched, suppress(Aborted):
             patched.setattr(faults, "hook", abort)
             stored(folder, lambda: online).hidden_states(batch_of(rows))
@@ -350,7 +342,7 @@ def test_store_when_aborted_at_any_file_operation_then_a_rerun_ends_in_the_same_
         assert visible.items() <= filled.items(), f"something half is visible after operation {n}"
         stored(folder, lambda: online).hidden_states(batch_of(rows))
         assert content_hashes(folder) == filled, f"aborted at operation {n}"
-        if next(left) >= 0:
+        if not abort.fired:
             break
     assert n > 60, "the hook is called before every write, flush, rename and removal"
 
