@@ -193,7 +193,7 @@ def make_job(
 
 
 def make_rollout(student: StudentWithObjective, seed: int) -> Rollout:
-    """As the toy tokenizer and the data set have it, with answers of at most 12 tokens: some end before, some do not."""
+    """As the toy tokenizer and the data set have it, with answers of at most 12 tokens, of which some end before."""
     method: Any = student.method
     return Rollout(
         decoding=method.decoding.model_copy(update={"max_new_tokens": 12}),
