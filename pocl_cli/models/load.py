@@ -200,7 +200,14 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str, dropout: float 
     auto: Any = AutoModelForCausalLM
     with _explained(source.weights, "the weights"):
         model, report = auto.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Where peft is installed, adapters are looked for with options of their own, at the hub by default.
+            adapter_kwargs={"local_files_only": True},
+            **options,
         )
     missing = sorted(report["missing_keys"])
     if missing:

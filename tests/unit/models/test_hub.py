@@ -194,6 +194,14 @@ def test_resolve_when_the_hub_is_gone_and_nothing_is_cached_names_the_model_and_
         assert part in str(caught.value)
 
 
+def test_load_model_when_its_files_are_here_then_does_not_ask_the_hub_for_an_adapter(server: Hub) -> None:
+    pytest.importorskip("peft", reason="without it nobody looks for adapters")
+    load(resolve())
+
+    assert server.requests
+    assert not [path for path in server.requests if "adapter" in path]
+
+
 def test_load_model_when_only_the_tokenizer_is_cached_and_the_hub_is_gone_is_refused(
     server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
