@@ -36,7 +36,7 @@ demo-smollm2: $(INSTALLED) ## the same with SmolLM2-135M (from PyPI) and 6 of it
 	$(BIN)/python tools/demo.py smollm2
 
 test: $(INSTALLED) ## run the tests (ARGS='-k name' passes options to pytest)
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -n 2 --dist loadscope $(ARGS)
 
 test-faults: $(INSTALLED) ## run every fault: kills at each step and file operation, signals, damage, races (about half an hour)
 	$(PYTEST) -n 2 -m faults $(ARGS)
