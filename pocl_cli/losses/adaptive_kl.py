@@ -22,7 +22,8 @@ class AdaptiveKL:
     AKL, Wu et al. 2025, arXiv 2404.02657. The head is the smallest set of the teacher's likeliest entries
     that holds at least `head_mass` (the paper's μ, 0.5) of p; g_h and g_t are Σ|p − q| over the head and over the rest.
     The two weights count as constants: no gradient flows through them.
-    Deviation: where p = q, where the paper's quotient is 0/0, both weights are ½.
+    Deviation: where p = q, where the paper's quotient is 0/0, both weights are ½. The authors' code counts the entry
+    that brings the head to μ with the tail, unless it is the likeliest of all.
     """
 
     needs_teacher: ClassVar[bool] = True

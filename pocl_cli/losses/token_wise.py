@@ -21,7 +21,7 @@ class TokenWise:
 
     ToDi, Jung et al. 2025, arXiv 2505.16297: an entry that the student underestimates is weighted as in
     forward KL, one that it overestimates as in reverse KL. The weight counts as a constant: no gradient flows through
-    it. `sharpness` is β; the paper's method has 1, 0 is half the sum of both divergences.
+    it. `sharpness` is β; the paper's method and code have 1, 0 is half the sum of both divergences.
     At β = 1 w is p/(p + q), and the value is that of KL(p ‖ q) + KL(q ‖ p); the gradient is another.
     """
 
