@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import yaml
 from hydra import compose
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +27,9 @@ from pocl_cli.validation import keys_of
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 # Groups whose options are often mistaken for the path of a model or of a data set.
 _PATHS = {"teacher": "teacher.path={}", "student": "student.path={}", "dataset": "dataset=local dataset.path={}"}
+
+# The options of each group in the folders that Hydra reads; a new Hydra may read others.
+_listed: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDictionary()
 
 # What our examples of launchers rest on, and the extra of this package that brings it.
 _EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
@@ -91,11 +96,16 @@ def _composed(config_name: str, groups: list[str], keys: list[str]) -> tuple[lis
 
 
 def options_of(group: str) -> list[str]:
-    """The options of a group, those of its sub-groups among them (`paper/gpt2_fkl`)."""
+    """The options of a group, those of its sub-groups among them (`paper/gpt2_fkl`). Hydra lists each group once."""
     loader = GlobalHydra.instance().config_loader()
-    own = loader.get_group_options(group, ObjectType.CONFIG)
-    below = loader.get_group_options(group, ObjectType.GROUP) if own else []
-    return sorted([*own, *(f"{name}/{option}" for name in below for option in options_of(f"{group}/{name}"))])
+    listed = _listed.setdefault(loader, {})
+    if group not in listed:
+        own = loader.get_group_options(group, ObjectType.CONFIG)
+        below = loader.get_group_options(group, ObjectType.GROUP) if own else []
+        listed[group] = sorted(
+            [*own, *(f"{name}/{option}" for name in below for option in options_of(f"{group}/{name}"))]
+        )
+    return listed[group]
 
 
 def _choices(override: Override) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from pocl_cli.imports import uncollected
 from pocl_cli.processes import lifeline
 from pocl_cli.processes.job import Meeting
 
@@ -21,8 +22,9 @@ def main() -> None:
     # What went wrong is told once, by the command.
     logging.disable(logging.CRITICAL)
 
-    from torch.distributed import run  # seconds
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with uncollected():
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.run(run.parse_args(arguments))

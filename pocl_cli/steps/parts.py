@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pocl_cli.errors import ConfigError
+from pocl_cli.imports import uncollected
 from pocl_cli.processes.controller import run_together
 from pocl_cli.processes.job import Job
 from pocl_cli.training.parallel import ALONE, Processes
@@ -37,7 +38,8 @@ _PARTS = {
 
 def find_part(name: str) -> Part:
     module, _, function = _PARTS[name].partition(":")
-    part: Part = getattr(importlib.import_module(module), function)
+    with uncollected():
+        part: Part = getattr(importlib.import_module(module), function)
     return part
 
 
