@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shlex
 import signal
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocl_cli import cli, log
+
+from .stacks import end_and_show_stacks
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,7 @@ class Running:
                 return Finished(self.command, os.waitstatus_to_exitcode(status), stdout, stderr)
             meanwhile()
             time.sleep(0.01)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        end_and_show_stacks([self.pid])
         raise AssertionError(f"the command hung; it had said: {self.stderr}")
 
 
@@ -108,6 +110,7 @@ def _child(words: tuple[str, ...], cwd: Path, env: Mapping[str, str], streams: l
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.enable(2)
         log._console = None
         cli.main(words)
     except SystemExit as stop:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 
 from pocl_cli import faults
 from pocl_cli.training.parallel import Processes, join
+
+from .stacks import end_and_show_stacks
 
 _meetings = itertools.count()
 
@@ -65,6 +69,7 @@ def in_processes(
         pid = os.fork()
         if pid == 0:
             code = 1
+            faulthandler.enable(2)
             try:
                 device = torch.device("cpu")
                 with join(
@@ -77,5 +82,20 @@ def in_processes(
             finally:
                 os._exit(code)
         pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    codes = _exit_codes(pids, timeout_seconds=4 * timeout_seconds)
     assert codes == [0] * size
+
+
+def _exit_codes(pids: list[int], *, timeout_seconds: float) -> list[int]:
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            end_and_show_stacks(set(pids) - set(codes))
+            raise AssertionError(f"{len(pids) - len(codes)} of {len(pids)} processes hung; their stacks are above")
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
