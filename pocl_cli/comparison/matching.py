@@ -98,4 +98,4 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _percent(value: int, reference: int) -> str:
-    return f"{100 * (value - reference) / reference:+.1f} %"
+    return f"{100 * (value - reference) / reference:+.1f} %".replace("-", "−")

@@ -23,8 +23,8 @@ FLAT = Spent(
         (FLAT, []),
         (replace(FLAT, response_tokens=241_000), []),
         (replace(FLAT, response_tokens=None), []),
-        (replace(FLAT, response_tokens=228_000), ["-5.0 % response tokens"]),
-        (replace(FLAT, steps=(2500,), schedules=(2500,)), ["2,500 steps instead of 2,512 (-0.5 %)"]),
+        (replace(FLAT, response_tokens=228_000), ["−5.0 % response tokens"]),
+        (replace(FLAT, steps=(2500,), schedules=(2500,)), ["2,500 steps instead of 2,512 (−0.5 %)"]),
         (
             replace(FLAT, steps=(256, 504, 752, 1000), schedules=(256, 504, 752, 1000), num_optimizers=4),
             ["4 learning-rate cosines instead of 1", "4 optimizer starts instead of 1"],
@@ -35,9 +35,9 @@ FLAT = Spent(
         (
             Spent((100, 100), (100, 100), 1, (0.1, 0.0), 8, 1),
             [
-                "200 steps instead of 2,512 (-92.0 %)",
+                "200 steps instead of 2,512 (−92.0 %)",
                 "8 rows a step instead of 32",
-                "-100.0 % response tokens",
+                "−100.0 % response tokens",
                 "learning rate 0.1 → 0 instead of 0.004 → 4e-05",
                 "2 learning-rate cosines instead of 1",
             ],
