@@ -16,7 +16,6 @@ from types import FrameType
 from pocl_cli import cli, interrupts, log
 from pocl_cli.artifacts import lock
 from pocl_cli.errors import Interrupted, PoclError
-from pocl_cli.imports import uncollected
 from pocl_cli.processes import lifeline, status
 from pocl_cli.processes.job import LOCK, Job, Meeting
 from pocl_cli.redaction import scrub
@@ -57,11 +56,10 @@ def _work(meeting: Meeting, rank: int) -> None:
 
 def _result(meeting: Meeting, rank: int, job: Job) -> dict[str, object]:
     # What needs torch takes seconds to import; until now this process can already be ended.
-    with uncollected():
-        from pocl_cli.models.device import set_up_hardware
-        from pocl_cli.steps.chain import Chain
-        from pocl_cli.steps.parts import find_part
-        from pocl_cli.training.parallel import join
+    from pocl_cli.models.device import set_up_hardware
+    from pocl_cli.steps.chain import Chain
+    from pocl_cli.steps.parts import find_part
+    from pocl_cli.training.parallel import join
 
     hardware = job.run.config.hardware
     device = set_up_hardware(hardware, rank=rank).device

@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-from pocl_cli.imports import uncollected
 from pocl_cli.processes import lifeline
 from pocl_cli.processes.job import Meeting
 
@@ -22,9 +21,8 @@ def main() -> None:
     # What went wrong is told once, by the command.
     logging.disable(logging.CRITICAL)
 
-    with uncollected():
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import run  # seconds
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.run(run.parse_args(arguments))

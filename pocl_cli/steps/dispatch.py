@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from pocl_cli.imports import uncollected
 from pocl_cli.records import answers_of
 from pocl_cli.steps.chain import Chain
 from pocl_cli.steps.predictions import evaluate_predictions, report
@@ -24,9 +23,7 @@ def run_step(run: Run) -> StepResult | None:
             return found
     if run.step == "evaluate" and run.config.evaluation.predictions is not None:
         return evaluate_predictions(run)
-    with uncollected():
-        step = importlib.import_module(f"pocl_cli.steps.{run.step}")
-    result: StepResult | None = step.run(run)
+    result: StepResult | None = importlib.import_module(f"pocl_cli.steps.{run.step}").run(run)
     return result
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pocl_cli.errors import ConfigError
-from pocl_cli.imports import uncollected
 from pocl_cli.processes.controller import run_together
 from pocl_cli.processes.job import Job
 from pocl_cli.training.parallel import ALONE, Processes
@@ -38,8 +37,7 @@ _PARTS = {
 
 def find_part(name: str) -> Part:
     module, _, function = _PARTS[name].partition(":")
-    with uncollected():
-        part: Part = getattr(importlib.import_module(module), function)
+    part: Part = getattr(importlib.import_module(module), function)
     return part
 
 
