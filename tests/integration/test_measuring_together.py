@@ -25,12 +25,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process tha
 QUICK = (
     "score.max_new_tokens=4",
     "score.sampling_temperature=1",
+    "kd_method=seqkd",
+    "kd_method.decoding.max_new_tokens=4",
     "evaluation.model=teacher",
     "evaluation.seeds=[1,2]",
     "evaluation.decoding.max_new_tokens=4",
     "evaluation.decoding.sampling_temperature=1",
 )
-ANSWERED = ("kd_method=seqkd", "kd_method.decoding.max_new_tokens=4")
 FILES = {
     "score": ("scores.parquet", "dropped.jsonl"),
     "evaluate": ("metrics.json", "predictions.jsonl"),
@@ -77,8 +78,7 @@ def test_shards_when_measured_by_any_number_of_processes_then_are_the_same_bytes
         monkeypatch.setattr(module, "SHARD_ROWS", 8)
     write_inputs(tmp_path / "inputs")
     sets = sets_of(tmp_path)
-    changes = (*QUICK, *ANSWERED, f"evaluation.datasets={sets}")
-    run = compose(recipe(tmp_path / "inputs", tmp_path / "outputs", *changes), case.step)
+    run = compose(recipe(tmp_path / "inputs", tmp_path / "outputs", *QUICK, f"evaluation.datasets={sets}"), case.step)
     chain = Chain(run)
 
     def measure(folder: Path, processes: Processes) -> None:

@@ -172,9 +172,9 @@ def test_run_when_interrupted_or_stopped_then_says_so_and_goes_on_with_as_many_p
     assert len(finished.errors) == 1
     assert time.monotonic() - started < 90
 
-    finished = place.run("interrupted")
+    finished = place.run("interrupted", *TWO, "hardware.num_processes=3")
     assert finished.exit_code == 4, finished.stderr
-    assert "num_processes" in finished.errors[0]
+    assert "num_processes: 2 → 3" in finished.errors[0]
 
     finished = place.run("interrupted", *TWO)
     assert finished.exit_code == 0, finished.stderr

@@ -94,8 +94,9 @@ def _exit_codes(pids: list[int], *, timeout_seconds: float) -> list[int]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            end_and_show_stacks(set(pids) - set(codes))
-            raise AssertionError(f"{len(pids) - len(codes)} of {len(pids)} processes hung; their stacks are above")
+        hung = set(pids) - set(codes)
+        if hung and time.monotonic() > deadline:
+            end_and_show_stacks(hung)
+            raise AssertionError(f"{len(hung)} of {len(pids)} processes hung; their stacks are above")
         time.sleep(0.005)
     return [codes[pid] for pid in pids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,24 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def composition_error(folder: Path, text: str) -> Exception:
-    """What Hydra raises at a primary configuration with this text."""
-    (folder / "main.yaml").write_text(text, encoding="utf-8")
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within it Hydra reads this folder alone; afterwards it is the Hydra of before."""
     state = GlobalHydra.get_state()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"), pytest.raises(COMPOSITION_ERRORS) as caught:
-            compose("main")
-        return caught.value
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            yield
     finally:
         GlobalHydra.set_state(state)
+
+
+def composition_error(folder: Path, text: str) -> Exception:
+    """What Hydra raises at a primary configuration with this text."""
+    (folder / "main.yaml").write_text(text, encoding="utf-8")
+    with reading(folder), pytest.raises(COMPOSITION_ERRORS) as caught:
+        compose("main")
+    return caught.value
 
 
 def lines(overrides: Sequence[str], *, sweeps: bool = False) -> list[str]:
@@ -112,6 +120,16 @@ def test_options_of_when_a_group_has_folders_then_their_options_have_slashes() -
     assert {"demo", "paper/gpt2_fkl_pocl"} <= set(options_of("experiment"))
     assert options_of("no_such_group") == []
     assert options_of("train") == []
+
+
+def test_options_of_when_hydra_reads_another_folder_then_they_are_those_of_that_folder(tmp_path: Path) -> None:
+    assert "fkl" in options_of("kd_method")
+    (tmp_path / "kd_method").mkdir()
+    (tmp_path / "kd_method" / "mine.yaml").write_text("name: mine\n")
+    with reading(tmp_path):
+        assert options_of("kd_method") == ["mine"]
+        assert options_of("kd_method") == ["mine"], "the second answer is the kept one"
+    assert "fkl" in options_of("kd_method")
 
 
 FILES = {

@@ -140,7 +140,7 @@ def test_with_train_when_given_then_configuration_command_and_manifest_agree() -
 
 @pytest.mark.parametrize("comparison", ["restarts", "pocl_vs_controls"])
 def test_expand_when_there_are_many_seeds_then_each_run_is_as_if_composed_by_itself(comparison: str) -> None:
-    run = composed(f"comparison={comparison}", "comparison.seeds=[1,2,3]")
+    run = composed(f"comparison={comparison}", "comparison.seeds=[1,2,3,4]")
     for one in arms.expand(run):
         alone = arms.compose_arm(run, one.cell).run
         assert (one.run.config, one.run.resolved) == (alone.config, alone.resolved)
